@@ -71,7 +71,7 @@
 //! vote again when it has caught up. `docs/memory.md` says which losses are found out by whom, which by nobody, and why
 //! that is safe.
 //!
-//! A backup's way: each member copies its own database, the PRIMARY from the file that rests between two checkpoints,
+//! A backup's way: each member copies its own databases, the PRIMARY from the file that rests between two checkpoints,
 //! the others from the file that goes on changing ([`storage::online_copy`]); the copy must have the checksum that all
 //! agreed on at its index. A restore ([`backup`]) puts the whole content of one in the database's place as a single
 //! transaction. Copies go elsewhere on a thread of their own, after the backup is good.

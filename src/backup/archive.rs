@@ -1,6 +1,7 @@
-//! The file of a backup: a gzipped tar of `manifest.json` and `console.db`, so that any host can look into it with its
-//! own tools; encrypted as a whole if there is a key. Reads and writes it as a stream in bounded memory. Must never
-//! take anything in an archive for a path, and never call a database good that is not what its manifest says.
+//! The file of a backup: a gzipped tar of `manifest.json`, `console.db` and the databases of a service, so that any
+//! host can look into it with its own tools; encrypted as a whole if there is a key. Reads and writes it as a stream
+//! in bounded memory. Must never take anything in an archive for a path, and never call a database good that is not
+//! what its manifest says.
 
 use std::{
     fs::File,
@@ -20,18 +21,27 @@ use super::{
 };
 use crate::storage::{
     checkpoint::Record,
+    folder::{
+        catalogue::{FIRST_DATABASE, LONGEST_PATH, is_path},
+        places::MOST_DATABASES,
+    },
     pacer::{PacedFile, Pacer},
     snapshot::{CHUNK, chunk_checksum},
-    transaction::valid_page_size,
+    transaction::{CONSOLE_DATABASE, valid_page_size},
 };
 
-/// Version of the manifest that this program writes.
+/// Version of the manifest of a backup without a service.
 const FORMAT: u64 = 1;
+/// Version of the manifest of one with a service.
+const WITH_SERVICE: u64 = 2;
 /// Largest manifest that is read, in bytes.
-const MAX_MANIFEST: u64 = 64 << 10;
+const MAX_MANIFEST: u64 = (64 << 10) + (MOST_DATABASES * (2 * LONGEST_PATH + 512)) as u64;
 /// Names in the archive.
 const MANIFEST: &str = "manifest.json";
 const DATABASE: &str = "console.db";
+const SERVICE: &str = "service";
+/// Longest name that a header of tar has room for, in bytes.
+const LONGEST_NAME: usize = 100;
 /// What each gzip file begins with.
 const GZIP: &[u8] = &[0x1f, 0x8b];
 /// Padding at the end of a tar file that is skipped, in bytes.
@@ -59,38 +69,154 @@ pub(super) struct Manifest {
     pub checksum: String,
     /// SHA-256 of the database file, in hexadecimal.
     pub sha256: String,
+    /// The databases of a service at the same raft index; none if the cluster has never had one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<Service>,
+}
+
+/// What a backup says of a service.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Service {
+    /// Raft index of the last change of the catalogue.
+    pub changed: u64,
+    /// The id of the next database.
+    pub next: u32,
+    /// By their ids, ascending.
+    pub databases: Vec<Described>,
+}
+
+/// A database of a service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Described {
+    pub id: u32,
+    /// Below the folder of the service.
+    pub path: String,
+    pub page_size: u32,
+    pub pages: u32,
+    pub checksum: String,
+    pub sha256: String,
+}
+
+/// A database as an archive has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Content {
+    pub id: u32,
+    /// Its name in the archive.
+    pub name: String,
+    /// Its path as an ordinary file.
+    pub path: String,
+    pub record: Record,
+    pub sha256: String,
+}
+
+impl Content {
+    /// Bytes of the database.
+    pub fn bytes(&self) -> u64 {
+        u64::from(self.record.pages) * u64::from(self.record.page_size)
+    }
 }
 
 impl Manifest {
-    pub const FORMAT: u64 = FORMAT;
+    /// The version of the manifest of a backup with or without a service.
+    pub fn format(with_service: bool) -> u64 {
+        if with_service { WITH_SERVICE } else { FORMAT }
+    }
 
-    /// Bytes of the database.
+    /// Bytes of all databases.
     pub fn bytes(&self) -> u64 {
+        self.listed().iter().map(Content::bytes).sum()
+    }
+
+    /// Bytes of the Console's database.
+    pub fn console_bytes(&self) -> u64 {
         u64::from(self.pages) * u64::from(self.page_size)
     }
 
-    /// The part that describes the database.
-    pub fn record(&self) -> Result<Record, BackupError> {
-        let checksum = u64::from_str_radix(&self.checksum, 16).map_err(|_| damaged("its checksum is not a number"))?;
-        Ok(Record { index: self.index, page_size: self.page_size, pages: self.pages, checksum })
+    /// What it has besides the Console's database, for people; empty if nothing.
+    pub fn besides(&self) -> String {
+        let Some(service) = &self.service else { return String::new() };
+        let paths: Vec<_> = service.databases.iter().map(|database| database.path.as_str()).collect();
+        match paths.len() {
+            0 => ", and no database of the service".to_owned(),
+            count => format!(", and {count} of the service: {}", paths.join(", ")),
+        }
+    }
+
+    /// The databases in the order of the archive: the Console's, then those of the service.
+    ///
+    /// # Errors
+    /// [`BackupError::Damaged`] for an impossible database.
+    pub fn contents(&self) -> Result<Vec<Content>, BackupError> {
+        let service = self.service.iter().flat_map(|service| &service.databases);
+        let mut checksums = std::iter::once(&self.checksum).chain(service.map(|found| &found.checksum));
+        if checksums.any(|checksum| u64::from_str_radix(checksum, 16).is_err()) {
+            return Err(damaged("its checksum is not a number"));
+        }
+        let possible = |Record { page_size, pages, checksum, .. }: &Record| {
+            if *pages == 0 { *checksum == 0 } else { valid_page_size(*page_size) }
+        };
+        let contents = self.listed();
+        match contents.iter().all(|content| possible(&content.record)) {
+            true => Ok(contents),
+            false => Err(damaged("it describes an impossible database")),
+        }
+    }
+
+    /// As [`Self::contents`], of a manifest that may be wrong.
+    fn listed(&self) -> Vec<Content> {
+        let record = |page_size, pages, checksum: &str| {
+            let checksum = u64::from_str_radix(checksum, 16).unwrap_or(0);
+            Record { index: self.index, page_size, pages, checksum }
+        };
+        let console = Content {
+            id: CONSOLE_DATABASE,
+            name: DATABASE.to_owned(),
+            path: DATABASE.to_owned(),
+            record: record(self.page_size, self.pages, &self.checksum),
+            sha256: self.sha256.clone(),
+        };
+        let of_service = self.service.iter().flat_map(|service| &service.databases).map(|found| Content {
+            id: found.id,
+            name: name_of(found),
+            path: format!("{SERVICE}/{}", found.path),
+            record: record(found.page_size, found.pages, &found.checksum),
+            sha256: found.sha256.clone(),
+        });
+        std::iter::once(console).chain(of_service).collect()
     }
 
     fn decode(bytes: &[u8]) -> Result<Self, BackupError> {
         let value: serde_json::Value =
             serde_json::from_slice(bytes).map_err(|error| damaged(format!("{MANIFEST}: {error}")))?;
         // The format comes first: a newer one may differ in everything else.
-        if value["format"].as_u64() != Some(FORMAT) {
+        let Some(format @ (FORMAT | WITH_SERVICE)) = value["format"].as_u64() else {
             return Err(BackupError::Refused(format!(
                 "the backup has format {}, which this program does not know",
                 value["format"]
             )));
-        }
+        };
         let found: Self = serde_json::from_value(value).map_err(|error| damaged(format!("{MANIFEST}: {error}")))?;
-        if found.pages == 0 || !valid_page_size(found.page_size) {
+        let service = found.service.as_ref();
+        let possible = |service: &Service| {
+            let ids = service.databases.iter().map(|database| database.id);
+            let ordered = ids.clone().zip(ids.skip(1)).all(|(id, next)| id < next);
+            let known = |found: &Described| {
+                (FIRST_DATABASE..service.next).contains(&found.id) && is_path(Path::new(&found.path))
+            };
+            ordered && service.databases.iter().all(known)
+        };
+        if found.pages == 0 || service.is_some() != (format == WITH_SERVICE) || !service.is_none_or(possible) {
             return Err(damaged("it describes an impossible database"));
         }
+        found.contents()?;
         Ok(found)
     }
+}
+
+/// Where the archive has a database of a service: by its path, unless no header has room for that.
+fn name_of(found: &Described) -> String {
+    let name = format!("{SERVICE}/{}", found.path);
+    if name.len() <= LONGEST_NAME { name } else { format!("{SERVICE}.by-id/{}", found.id) }
 }
 
 fn damaged(why: impl Into<String>) -> BackupError {
@@ -156,11 +282,17 @@ impl Write for Sink {
     }
 }
 
-/// Writes an archive and makes its content durable, not its name.
+/// Writes an archive and makes its content durable, not its name. `open` opens the databases, in the order of
+/// [`Manifest::contents`].
 ///
 /// # Errors
-/// When the database cannot be read, or the archive cannot be written.
-pub(super) fn write(file: File, manifest: &Manifest, database: impl Read, secret: Option<&Secret>) -> io::Result<()> {
+/// When a database cannot be read, or the archive cannot be written.
+pub(super) fn write<R: Read>(
+    file: File,
+    manifest: &Manifest,
+    mut open: impl FnMut(&Content) -> io::Result<R>,
+    secret: Option<&Secret>,
+) -> io::Result<()> {
     // The fast level: what the others save is not worth the processor time of a host that serves.
     let mut tar = tar::Builder::new(GzEncoder::new(Sink::new(file, secret)?, Compression::fast()));
     let header = |bytes: u64| {
@@ -172,7 +304,9 @@ pub(super) fn write(file: File, manifest: &Manifest, database: impl Read, secret
     };
     let text = serde_json::to_vec_pretty(manifest)?;
     tar.append_data(&mut header(text.len() as u64), MANIFEST, text.as_slice())?;
-    tar.append_data(&mut header(manifest.bytes()), DATABASE, database)?;
+    for content in manifest.listed() {
+        tar.append_data(&mut header(content.bytes()), &content.name, open(&content)?)?;
+    }
     tar.into_inner()?.finish()?.finish()?.sync_all()
 }
 
@@ -203,7 +337,7 @@ pub(super) fn is_sealed(path: &Path) -> Result<Option<bool>, BackupError> {
 }
 
 /// Reads an archive to its end and checks everything that can be checked without SQLite. `accept` sees the manifest
-/// before the database is read and may refuse it; `each` gets the database in order.
+/// before the databases are read and may refuse it; `each` gets them piece by piece, in order.
 ///
 /// # Errors
 /// [`BackupError::Damaged`] for anything but a whole, sound backup. [`BackupError::Refused`] without the key of an
@@ -214,7 +348,7 @@ pub(super) fn read(
     sealed: bool,
     secret: Option<&Secret>,
     accept: impl FnOnce(&Manifest) -> Result<(), BackupError>,
-    mut each: impl FnMut(&[u8]) -> Result<(), BackupError>,
+    mut each: impl FnMut(&Content, &[u8]) -> Result<(), BackupError>,
 ) -> Result<Manifest, BackupError> {
     let file = File::open(path).map_err(BackupError::io("open", path))?;
     let unreadable = |error: io::Error| damaged(format!("it cannot be read: {error}"));
@@ -240,11 +374,14 @@ pub(super) fn read(
         };
         let manifest = read_manifest(next(MANIFEST)?)?;
         accept(&manifest)?;
-        let entry = next(DATABASE)?;
-        if entry.size() != manifest.bytes() {
-            return Err(damaged(format!("its database has {} bytes instead of {}", entry.size(), manifest.bytes())));
+        for content in manifest.contents()? {
+            let entry = next(&content.name)?;
+            let (found, expected) = (entry.size(), content.bytes());
+            if found != expected {
+                return Err(damaged(format!("{} has {found} bytes instead of {expected}", content.name)));
+            }
+            read_database(entry, &content, &mut each)?;
         }
-        read_database(entry, &manifest, &mut each)?;
         if entries.next().is_some() {
             return Err(damaged("there is more in it than there should be"));
         }
@@ -266,10 +403,12 @@ fn read_manifest(entry: impl Read) -> Result<Manifest, BackupError> {
 
 fn read_database(
     mut entry: impl Read,
-    manifest: &Manifest,
-    each: &mut impl FnMut(&[u8]) -> Result<(), BackupError>,
+    content: &Content,
+    each: &mut impl FnMut(&Content, &[u8]) -> Result<(), BackupError>,
 ) -> Result<(), BackupError> {
-    let record = manifest.record()?;
+    let record = content.record;
+    // Also of one without content: it has to be begun.
+    each(content, &[])?;
     let (mut done, mut checksum, mut digest, mut bytes) = (0, 0, Digest::new(), Vec::new());
     while done < record.pages {
         let count = (record.pages - done).min(CHUNK as u32 / record.page_size);
@@ -277,11 +416,11 @@ fn read_database(
         entry.read_exact(&mut bytes).map_err(|error| damaged(format!("it cannot be read: {error}")))?;
         checksum ^= chunk_checksum(done, record.page_size, &bytes);
         digest.add(&bytes);
-        each(&bytes)?;
+        each(content, &bytes)?;
         done += count;
     }
-    if checksum != record.checksum || digest.finish() != manifest.sha256 {
-        return Err(damaged("its database does not have the checksum of its manifest"));
+    if checksum != record.checksum || digest.finish() != content.sha256 {
+        return Err(damaged(format!("{} does not have the checksum of its manifest", content.name)));
     }
     Ok(())
 }
@@ -308,24 +447,135 @@ pub(super) mod tests {
             pages,
             checksum: format!("{:016x}", chunk_checksum(0, 512, &image)),
             sha256: digest.finish(),
+            service: None,
         };
         (manifest, image)
     }
 
-    fn made(folder: &Path, manifest: &Manifest, image: &[u8], secret: Option<&Secret>) -> std::path::PathBuf {
+    /// A sample with databases of a service, at these paths and of so many pages; all images, one after the other.
+    pub fn with_service(pages: u32, service: &[(&str, u32)]) -> (Manifest, Vec<u8>) {
+        let (mut manifest, mut images) = sample(pages);
+        let mut databases = Vec::new();
+        for (id, (path, pages)) in (2..).zip(service) {
+            let (one, image) = sample(*pages);
+            let (path, checksum, sha256) = ((*path).to_owned(), one.checksum, one.sha256);
+            databases.push(Described { id, path, page_size: 512, pages: *pages, checksum, sha256 });
+            images.extend(image);
+        }
+        let next = 2 + databases.len() as u32;
+        manifest.service = Some(Service { changed: 33, next, databases });
+        manifest.format = WITH_SERVICE;
+        (manifest, images)
+    }
+
+    pub fn made(folder: &Path, manifest: &Manifest, images: &[u8], secret: Option<&Secret>) -> std::path::PathBuf {
         let path = folder.join("archive");
-        write(File::create(&path).unwrap(), manifest, image, secret).unwrap();
+        let mut rest = images;
+        let open = |content: &Content| {
+            let (one, later) = rest.split_at((content.bytes() as usize).min(rest.len()));
+            rest = later;
+            Ok(one)
+        };
+        write(File::create(&path).unwrap(), manifest, open, secret).unwrap();
         path
     }
 
     fn load(path: &Path, secret: Option<&Secret>) -> Result<(Manifest, Vec<u8>), BackupError> {
         let mut image = Vec::new();
-        let keep = |bytes: &[u8]| {
+        let keep = |_: &Content, bytes: &[u8]| {
             image.extend_from_slice(bytes);
             Ok(())
         };
         let manifest = read(path, secret.is_some(), secret, |_| Ok(()), keep)?;
         Ok((manifest, image))
+    }
+
+    fn names(path: &Path) -> Vec<String> {
+        let mut tar = tar::Archive::new(GzDecoder::new(File::open(path).unwrap()));
+        let name = |entry: io::Result<tar::Entry<'_, _>>| entry.unwrap().path().unwrap().display().to_string();
+        tar.entries().unwrap().map(name).collect()
+    }
+
+    #[test]
+    fn a_backup_without_a_service_is_what_it_was_before_there_were_any() {
+        let folder = tempfile::tempdir().unwrap();
+        let (manifest, image) = sample(9);
+        let path = made(folder.path(), &manifest, &image, None);
+        assert_eq!(names(&path), ["manifest.json", "console.db"]);
+        let text = String::from_utf8(serde_json::to_vec_pretty(&manifest).unwrap()).unwrap();
+        assert!(text.starts_with("{\n  \"format\": 1,") && !text.contains("service"), "{text}");
+        let names: Vec<_> = text.lines().filter_map(|line| line.split('"').nth(1)).collect();
+        let known = [
+            "format",
+            "version",
+            "name",
+            "cluster",
+            "node",
+            "index",
+            "epoch",
+            "created",
+            "page_size",
+            "pages",
+            "checksum",
+            "sha256",
+        ];
+        assert_eq!(names, known);
+    }
+
+    #[test]
+    fn the_databases_of_a_service_have_their_paths_and_all_are_checked() {
+        let folder = tempfile::tempdir().unwrap();
+        let long = "long/".repeat(40) + "x.db";
+        let (manifest, images) = with_service(20, &[("a b/ä.db", 3000), ("empty", 0), (&long, 7)]);
+        let path = made(folder.path(), &manifest, &images, None);
+        let expected = ["manifest.json", "console.db", "service/a b/ä.db", "service/empty", "service.by-id/4"];
+        assert_eq!(names(&path), expected);
+        let (found, read_again) = load(&path, None).unwrap();
+        assert!(found == manifest && read_again == images && found.bytes() == images.len() as u64);
+        let mut begun = Vec::new();
+        read(
+            &path,
+            false,
+            None,
+            |_| Ok(()),
+            |content, bytes| {
+                if bytes.is_empty() {
+                    begun.push(content.id);
+                }
+                Ok(())
+            },
+        )
+        .unwrap();
+        assert_eq!(begun, [1, 2, 3, 4]);
+        // Whichever of them is not what the manifest says.
+        for at in [0, 20 * 512, images.len() - 1] {
+            let mut odd = images.clone();
+            odd[at] ^= 1;
+            let error = load(&made(folder.path(), &manifest, &odd, None), None).unwrap_err();
+            assert!(error.to_string().contains("does not have the checksum"), "{error}");
+        }
+        let service = |change: fn(&mut Service)| {
+            let mut odd = manifest.clone();
+            if let Some(service) = &mut odd.service {
+                change(service);
+            }
+            load(&made(folder.path(), &odd, &images, None), None).map(|_| ())
+        };
+        service(|_| {}).unwrap();
+        let changes: [fn(&mut Service); 5] = [
+            |service| service.databases[0].path = "/etc/passwd".into(),
+            |service| service.databases.swap(0, 1),
+            |service| service.next = 4,
+            |service| service.databases[1].id = 2,
+            |service| service.databases[2].sha256 = "0".into(),
+        ];
+        for (number, change) in changes.into_iter().enumerate() {
+            assert!(service(change).is_err(), "{number}");
+        }
+        let above = Described { path: "../x".into(), ..manifest.service.clone().unwrap().databases.remove(0) };
+        let service = Some(Service { databases: vec![above], ..manifest.service.clone().unwrap() });
+        let odd = serde_json::to_vec(&Manifest { service, ..manifest }).unwrap();
+        assert!(Manifest::decode(&odd).is_err());
     }
 
     #[test]
@@ -343,7 +593,7 @@ pub(super) mod tests {
         }
         let sealed = folder.path().join("archive");
         assert_eq!((is_sealed(&sealed).unwrap(), is_sealed(&key).unwrap()), (Some(true), None));
-        let error = read(&sealed, true, None, |_| Ok(()), |_| Ok(())).unwrap_err();
+        let error = read(&sealed, true, None, |_| Ok(()), |_, _| Ok(())).unwrap_err();
         assert!(error.to_string().contains("BACKUP_KEY_FILE"), "{error}");
     }
 
@@ -395,14 +645,13 @@ pub(super) mod tests {
         ] {
             let mut odd = manifest.clone();
             change(&mut odd);
-            let length = odd.bytes() as usize;
             let image = [&image[..], &vec![0; 20_000]].concat();
-            let path = made(folder.path(), &odd, &image[..length], None);
+            let path = made(folder.path(), &odd, &image, None);
             assert!(load(&path, None).is_err(), "{odd:?}");
         }
         let path = made(folder.path(), &manifest, &image, None);
         let refuse = |_: &Manifest| Err(BackupError::Refused("no".into()));
-        let error = read(&path, false, None, refuse, |_| panic!("nothing may be read")).unwrap_err();
+        let error = read(&path, false, None, refuse, |_, _| panic!("nothing may be read")).unwrap_err();
         assert_eq!(error.to_string(), "no");
     }
 }

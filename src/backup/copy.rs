@@ -1,8 +1,9 @@
-//! This host's copy of the database, into a file of its own: on the PRIMARY from the file that rests between two
-//! checkpoints, on a SECONDARY from the file that goes on changing. Takes its time, so that others get theirs. Must
-//! never call a copy whole that does not have the checksum which all members agree on.
+//! This host's copy of all databases at one raft index, each into a file of its own: on the PRIMARY as of a moment
+//! while everybody writes, on a SECONDARY from the files that go on changing. Takes its time, so that others get
+//! theirs. Must never call a copy whole that does not have the checksum which all members agree on.
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     io::{self, ErrorKind},
     ops::Range,
@@ -14,13 +15,22 @@ use std::{
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
-use super::{BackupError, archive::Digest, blocking, folder::create, jobs::Job};
+use super::{
+    BackupError,
+    archive::Digest,
+    blocking,
+    folder::{Workshop, create},
+    jobs::Job,
+};
 use crate::{
     node::Handle,
     storage::{
         checkpoint::Record,
-        online_copy::{CopyError, FinishedCopy, OnlineCopy, checksum},
+        folder::catalogue::Catalogue,
+        online_copy::{CopyError, FinishedCopy, FinishedWhole, OnlineCopy, WholeCopy, checksum},
         pacer::{self, Pacer},
+        snapshot::Whole,
+        transaction::CONSOLE_DATABASE,
     },
 };
 
@@ -48,7 +58,7 @@ impl Pace {
     }
 }
 
-/// A copy, verified by its checksum.
+/// A copy of a database, verified by its checksum.
 #[derive(Debug)]
 pub(super) struct Copied {
     pub record: Record,
@@ -56,18 +66,48 @@ pub(super) struct Copied {
     pub sha256: String,
 }
 
-/// Copies the database to a new file.
-pub(super) async fn copy(node: &Handle, to: PathBuf, job: &Arc<Job>) -> Result<Copied, BackupError> {
-    let file = Arc::new(create(&to)?);
+/// Copies of all databases, as of one raft index.
+#[derive(Debug)]
+pub(super) struct CopiedAll {
+    pub catalogue: Catalogue,
+    /// By their ids: the Console's, and those of the catalogue.
+    pub databases: BTreeMap<u32, Copied>,
+}
+
+/// Where the copy of a database lies in the workshop.
+pub(super) fn place(workshop: &Workshop, id: u32) -> PathBuf {
+    match id {
+        CONSOLE_DATABASE => workshop.join("copy.db"),
+        id => workshop.join(&format!("copy-{id}.db")),
+    }
+}
+
+/// The files of one attempt, by the ids of the databases.
+type Files = BTreeMap<u32, Arc<File>>;
+
+/// What all databases are at one raft index.
+type Records = BTreeMap<u32, Record>;
+
+/// Copies all databases to new files in the workshop. `room` is asked whether there is room for so many bytes.
+pub(super) async fn copy(
+    node: &Handle,
+    workshop: &Arc<Workshop>,
+    job: &Arc<Job>,
+    room: &(dyn Fn(u64) -> Result<(), BackupError> + Sync),
+) -> Result<CopiedAll, BackupError> {
     let mut tries = 0;
-    let record = loop {
+    let (catalogue, records, files) = loop {
         let serves = node.status().borrow().serving().is_some();
-        let result = if serves { of_primary(node, &file, job).await } else { of_secondary(node, &file, job).await };
+        let result = if serves {
+            of_primary(node, workshop, job, room).await
+        } else {
+            of_secondary(node, workshop, job, room).await
+        };
         match result {
-            Ok(record) => break record,
+            Ok(copied) => break copied,
             Err(Stop::Failed(error)) => return Err(error),
             Err(Stop::Again(why)) if tries == TRIES => {
-                return Err(BackupError::Refused(format!("the database could not be copied: {why}")));
+                return Err(BackupError::Refused(format!("the databases could not be copied: {why}")));
             }
             Err(Stop::Again(why)) => {
                 tracing::info!(reason = why, "the copy for a backup is begun again");
@@ -76,9 +116,30 @@ pub(super) async fn copy(node: &Handle, to: PathBuf, job: &Arc<Job>) -> Result<C
             }
         }
     };
-    job.step("checks the copy", bytes(&record));
-    let job = Arc::clone(job);
-    blocking(move || verify(&file, &record, &to, &job)).await
+    job.step("checks the copy", records.values().map(bytes).sum());
+    let (job, workshop) = (Arc::clone(job), Arc::clone(workshop));
+    blocking(move || {
+        let verified = files
+            .iter()
+            .zip(records)
+            .map(|((id, file), (_, record))| Ok((*id, verify(file, &record, &place(&workshop, *id), &job)?)));
+        Ok(CopiedAll { catalogue, databases: verified.collect::<Result<_, BackupError>>()? })
+    })
+    .await
+}
+
+/// New files for these databases.
+fn create_files(workshop: &Workshop, ids: impl Iterator<Item = u32>) -> Result<Files, Stop> {
+    let create = |id| {
+        let path = place(workshop, id);
+        // Of an attempt that was given up.
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(BackupError::io("delete", &path)(error)),
+            _ => {}
+        }
+        Ok((id, Arc::new(create(&path)?)))
+    };
+    ids.map(create).collect::<Result<_, _>>().map_err(Stop::Failed)
 }
 
 /// Why there is no copy this time.
@@ -97,7 +158,7 @@ impl From<io::Error> for Stop {
     fn from(error: io::Error) -> Self {
         match error.kind() {
             ErrorKind::Interrupted => Self::Again(error.to_string()),
-            _ => Self::Failed(BackupError::Refused(format!("the database could not be copied: {error}"))),
+            _ => Self::Failed(BackupError::Refused(format!("the databases could not be copied: {error}"))),
         }
     }
 }
@@ -106,14 +167,30 @@ fn bytes(record: &Record) -> u64 {
     u64::from(record.pages) * u64::from(record.page_size)
 }
 
-async fn of_primary(node: &Handle, file: &Arc<File>, job: &Arc<Job>) -> Result<Record, Stop> {
-    let (_, whole) = node.snapshot(None).await.map_err(|error| Stop::Again(error.to_string()))?;
-    let record = whole.console.record();
-    job.step("copies the database", bytes(&record));
-    let (file, job) = (Arc::clone(file), Arc::clone(job));
-    let sizes = (record.pages, record.page_size);
-    on_thread(move || read_all(sizes, |done, chunk| whole.console.read(done, chunk).map(|_| ()), &file, &job)).await?;
-    Ok(record)
+/// Copies what the PRIMARY has at one raft index, while everybody writes.
+async fn of_primary(
+    node: &Handle,
+    workshop: &Workshop,
+    job: &Arc<Job>,
+    room: &(dyn Fn(u64) -> Result<(), BackupError> + Sync),
+) -> Result<(Catalogue, Records, Files), Stop> {
+    let (manifest, whole) = node.snapshot(None).await.map_err(|error| Stop::Again(error.to_string()))?;
+    let records: Records = manifest.contents().collect();
+    room(manifest.bytes()).map_err(Stop::Failed)?;
+    let files = create_files(workshop, records.keys().copied())?;
+    job.step("copies the databases", manifest.bytes());
+    let (to, job) = (files.clone(), Arc::clone(job));
+    on_thread(move || read_whole(&whole, &to, &job)).await?;
+    Ok((manifest.service.catalogue, records, files))
+}
+
+fn read_whole(whole: &Whole, files: &Files, job: &Job) -> io::Result<()> {
+    // Both are in the order of the ids.
+    for (resting, file) in whole.all().zip(files.values()) {
+        let record = resting.record();
+        read_all((record.pages, record.page_size), |done, chunk| resting.read(done, chunk).map(|_| ()), file, job)?;
+    }
+    Ok(())
 }
 
 async fn on_thread<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> Result<T, Stop> {
@@ -140,30 +217,55 @@ fn read_all(
     Ok(())
 }
 
-async fn of_secondary(node: &Handle, file: &Arc<File>, job: &Arc<Job>) -> Result<Record, Stop> {
+/// Copies what a SECONDARY has, while its files go on changing.
+async fn of_secondary(
+    node: &Handle,
+    workshop: &Workshop,
+    job: &Arc<Job>,
+    room: &(dyn Fn(u64) -> Result<(), BackupError> + Sync),
+) -> Result<(Catalogue, Records, Files), Stop> {
     let copy = Arc::new(node.begin_copy().await?);
-    let total = u64::from(copy.pages()) * u64::from(copy.page_size());
-    job.step("copies the database", total);
+    let size = |copy: &OnlineCopy| u64::from(copy.pages()) * u64::from(copy.page_size());
+    let total = copy.databases.values().map(size).sum();
+    room(total).map_err(Stop::Failed)?;
+    let files = create_files(workshop, copy.databases.keys().copied())?;
+    job.step("copies the databases", total);
     {
-        let (copy, file, job) = (Arc::clone(&copy), Arc::clone(file), Arc::clone(job));
-        let sizes = (copy.pages(), copy.page_size());
-        on_thread(move || read_all(sizes, |done, chunk| copy.read(done, chunk), &file, &job)).await?;
+        let (copy, files, job) = (Arc::clone(&copy), files.clone(), Arc::clone(job));
+        on_thread(move || read_copies(&copy, &files, &job)).await?;
     }
     for _ in 0..PASSES {
         match node.finish_copy(&copy).await {
             Ok(finished) => {
-                let file = Arc::clone(file);
-                return on_thread(move || write_last(&finished, &file)).await;
+                let to = files.clone();
+                let records = on_thread(move || write_ends(&finished, &to)).await?;
+                return Ok((copy.catalogue.clone(), records, files));
             }
             Err(CopyError::Changed(_)) => {
-                let (copy, file) = (Arc::clone(&copy), Arc::clone(file));
-                on_thread(move || read_changed(&copy, &file)).await?;
+                let (copy, files) = (Arc::clone(&copy), files.clone());
+                on_thread(move || read_changes(&copy, &files)).await?;
             }
             Err(error) => return Err(error.into()),
         }
     }
-    let why = "the database changes faster than it can be copied: try again when there are fewer writes";
+    let why = "the databases change faster than they can be copied: try again when there are fewer writes";
     Err(Stop::Failed(BackupError::Refused(why.to_owned())))
+}
+
+fn read_copies(copy: &WholeCopy, files: &Files, job: &Job) -> io::Result<()> {
+    let mut all = copy.databases.values().zip(files.values());
+    all.try_for_each(|(copy, file)| {
+        read_all((copy.pages(), copy.page_size()), |done, chunk| copy.read(done, chunk), file, job)
+    })
+}
+
+fn read_changes(copy: &WholeCopy, files: &Files) -> io::Result<()> {
+    copy.databases.values().zip(files.values()).try_for_each(|(copy, file)| read_changed(copy, file))
+}
+
+fn write_ends(finished: &FinishedWhole, files: &Files) -> io::Result<Records> {
+    let all = finished.iter().zip(files.values());
+    all.map(|((id, finished), file)| Ok((*id, write_last(finished, file)?))).collect()
 }
 
 /// Reads again the pages that have changed. Without a pause: the fewer change meanwhile, the sooner this ends.

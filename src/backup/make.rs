@@ -13,10 +13,10 @@ use tracing::{info, warn};
 
 use super::{
     BackupError, BackupId, Backups, Kind, Started, Work,
-    archive::{self, Manifest},
+    archive::{self, Content, Described, Manifest, Service},
     blocking,
     cipher::Secret,
-    copy::{Copied, Pace, copy},
+    copy::{CopiedAll, Pace, copy, place},
     folder::{Workshop, create},
     jobs::Job,
     members::Way,
@@ -28,12 +28,14 @@ use crate::{
     events::{self, Event, Scope, Severity},
     node::Warning,
     scheduling,
-    storage::pacer::{self, PacedFile, Pacer},
+    storage::{
+        pacer::{self, PacedFile, Pacer},
+        transaction::CONSOLE_DATABASE,
+    },
     telemetry::{BACKUP_FAILURES, BACKUP_LAST_SUCCESS},
 };
 
-/// Names in the workshop.
-const COPY: &str = "copy.db";
+/// Name in the workshop.
 const ARCHIVE: &str = "archive";
 /// Pieces in which the copy is packed, in bytes.
 const PIECE: u64 = 1 << 20;
@@ -79,7 +81,8 @@ impl Backups {
         tokio::spawn(async move {
             let result = all.unpack(&path, id.sealed, &job, move |manifest| check_time(&id, manifest)).await;
             let result = result.map(|(manifest, ..)| {
-                format!("the backup is good: the database of {} at raft index {}", manifest.node, manifest.index)
+                let (node, index, besides) = (&manifest.node, manifest.index, manifest.besides());
+                format!("the backup is good: the database of {node} at raft index {index}{besides}")
             });
             match &result {
                 Ok(_) => info!(id = job.id(), "the backup is good"),
@@ -155,22 +158,46 @@ impl Backups {
             let length = std::fs::metadata(&database).map_err(BackupError::io("look at", &database))?.len();
             // The copy, and an archive that could not be compressed.
             all.folder.check_space(2 * length)?;
-            Ok((workshop, all.secret()?))
+            Ok((Arc::new(workshop), all.secret()?))
         })
         .await?;
-        let copied = copy(&self.node, workshop.join(COPY), job).await?;
-        job.step("lets SQLite check the copy", 0);
-        check_integrity(&workshop.join(COPY)).await?;
-        let manifest = self.manifest(id, &copied);
+        let copied = copy(&self.node, &workshop, job, &|bytes| self.folder.check_space(2 * bytes)).await?;
+        job.step("lets SQLite check the copies", 0);
+        for (id, copied) in &copied.databases {
+            check_copy(&workshop, *id, copied.record.pages).await?;
+        }
+        let manifest = self.manifest(id, &copied)?;
         let (all, id, packing) = (self.clone(), id.clone(), Arc::clone(job));
         blocking(move || all.pack(&workshop, &manifest, secret.as_ref(), &id, &packing)).await
     }
 
-    fn manifest(&self, id: &BackupId, copied: &Copied) -> Manifest {
+    fn manifest(&self, id: &BackupId, copied: &CopiedAll) -> Result<Manifest, BackupError> {
         let status = self.node.status().borrow().clone();
-        let record = &copied.record;
-        Manifest {
-            format: Manifest::FORMAT,
+        let missing = |id| BackupError::Refused(format!("database {id} was not copied"));
+        let console = copied.databases.get(&CONSOLE_DATABASE).ok_or_else(|| missing(CONSOLE_DATABASE))?;
+        let record = &console.record;
+        let describe = |(id, path): (u32, &Path)| {
+            let found = copied.databases.get(&id).ok_or_else(|| missing(id))?;
+            Ok(Described {
+                id,
+                path: path.display().to_string(),
+                page_size: found.record.page_size,
+                pages: found.record.pages,
+                checksum: format!("{:016x}", found.record.checksum),
+                sha256: found.sha256.clone(),
+            })
+        };
+        let catalogue = &copied.catalogue;
+        let service = match catalogue.is_untouched() {
+            true => None,
+            false => Some(Service {
+                changed: catalogue.changed(),
+                next: catalogue.next(),
+                databases: catalogue.iter().map(describe).collect::<Result<_, BackupError>>()?,
+            }),
+        };
+        Ok(Manifest {
+            format: Manifest::format(service.is_some()),
             version: id.version.clone(),
             name: id.name.clone(),
             cluster: status.cluster.to_string(),
@@ -181,11 +208,12 @@ impl Backups {
             page_size: record.page_size,
             pages: record.pages,
             checksum: format!("{:016x}", record.checksum),
-            sha256: copied.sha256.clone(),
-        }
+            sha256: console.sha256.clone(),
+            service,
+        })
     }
 
-    /// Packs the copy, reads the archive again to its end, and gives it its name.
+    /// Packs the copies, reads the archive again to its end, and gives it its name.
     fn pack(
         &self,
         workshop: &Workshop,
@@ -194,11 +222,13 @@ impl Backups {
         id: &BackupId,
         job: &Job,
     ) -> Result<String, BackupError> {
-        let (from, to) = (workshop.join(COPY), workshop.join(ARCHIVE));
-        job.step("compresses the copy", manifest.bytes());
-        let copy = std::fs::File::open(&from).map_err(BackupError::io("open", &from))?;
-        let copy = Paced { inner: copy, job, pace: Pace::new(), since: 0 };
-        archive::write(create(&to)?, manifest, copy, secret).map_err(BackupError::io("write", &to))?;
+        let to = workshop.join(ARCHIVE);
+        job.step("compresses the copies", manifest.bytes());
+        let open = |content: &Content| {
+            let inner = std::fs::File::open(place(workshop, content.id))?;
+            Ok(Paced { inner, job, pace: Pace::new(), since: 0 })
+        };
+        archive::write(create(&to)?, manifest, open, secret).map_err(BackupError::io("write", &to))?;
         job.step("reads the backup again", manifest.bytes());
         let mut pace = Pace::new();
         let found = archive::read(
@@ -206,7 +236,7 @@ impl Backups {
             id.sealed,
             secret,
             |_| Ok(()),
-            |chunk| {
+            |_, chunk| {
                 job.advance(chunk.len() as u64);
                 pace.rest();
                 Ok(())
@@ -217,16 +247,21 @@ impl Backups {
         }
         let length = std::fs::metadata(&to).map_err(BackupError::io("look at", &to))?.len();
         self.folder.publish(&to, id)?;
-        pacer::remove(&from).map_err(BackupError::io("delete", &from))?;
+        for content in manifest.contents()? {
+            let from = place(workshop, content.id);
+            pacer::remove(&from).map_err(BackupError::io("delete", &from))?;
+        }
         Ok(format!(
-            "{length} bytes of the database of {} at raft index {} ({} bytes)",
+            "{length} bytes of the database of {} at raft index {} ({} bytes){}",
             manifest.node,
             manifest.index,
-            manifest.bytes()
+            manifest.console_bytes(),
+            manifest.besides()
         ))
     }
 
-    /// Unpacks a backup and checks all of it. The database lies in the workshop afterwards.
+    /// Unpacks a backup and checks all of it. The databases lie in the workshop afterwards: returns where the
+    /// Console's is.
     pub(super) async fn unpack(
         self: &Arc<Self>,
         path: &Path,
@@ -239,28 +274,40 @@ impl Backups {
             let workshop = all.folder.workshop()?;
             // A lost key must not block a backup that was never encrypted.
             let secret = if sealed { all.secret()? } else { None };
-            let to = workshop.join(COPY);
-            // Without rests: those after each piece are enough.
-            let mut file = PacedFile::new(create(&to)?, Pacer::new(Duration::ZERO));
+            let mut open: Option<(u32, PathBuf, PacedFile)> = None;
+            let synced = |open: Option<(u32, PathBuf, PacedFile)>| match open {
+                Some((_, to, file)) => file.sync_all().map_err(BackupError::io("write", &to)),
+                None => Ok(()),
+            };
             let accept = |manifest: &Manifest| {
                 accept(manifest)?;
                 unpacking.step("reads the backup", manifest.bytes());
                 all.folder.check_space(manifest.bytes())
             };
             let mut pace = Pace::new();
-            let manifest = archive::read(&path, sealed, secret.as_ref(), accept, |chunk| {
-                io::Write::write_all(&mut file, chunk).map_err(BackupError::io("write", &to))?;
+            let manifest = archive::read(&path, sealed, secret.as_ref(), accept, |content, chunk| {
+                if open.as_ref().is_none_or(|(id, ..)| *id != content.id) {
+                    synced(open.take())?;
+                    let to = place(&workshop, content.id);
+                    // Without rests: those after each piece are enough.
+                    let file = PacedFile::new(create(&to)?, Pacer::new(Duration::ZERO));
+                    open = Some((content.id, to, file));
+                }
+                let Some((_, to, file)) = &mut open else { return Ok(()) };
+                io::Write::write_all(file, chunk).map_err(BackupError::io("write", to))?;
                 unpacking.advance(chunk.len() as u64);
                 pace.rest();
                 Ok(())
             })?;
-            file.sync_all().map_err(BackupError::io("write", &to))?;
+            synced(open)?;
             Ok((manifest, workshop))
         })
         .await?;
-        let copy = workshop.join(COPY);
-        job.step("lets SQLite check the database", 0);
-        check_integrity(&copy).await?;
+        job.step("lets SQLite check the databases", 0);
+        for content in manifest.contents()? {
+            check_copy(&workshop, content.id, content.record.pages).await?;
+        }
+        let copy = place(&workshop, CONSOLE_DATABASE);
         Ok((manifest, workshop, copy))
     }
 }
@@ -297,8 +344,35 @@ impl Read for Paced<'_> {
     }
 }
 
+/// Lets SQLite look through a copy of so many pages. What it cannot judge of a service's database, as one that needs an
+/// extension of its application, is what all members have: their checksums say so.
+async fn check_copy(workshop: &Workshop, id: u32, pages: u32) -> Result<(), BackupError> {
+    match check_integrity(&place(workshop, id)).await {
+        Err(Checked::Unreadable(why)) if id != CONSOLE_DATABASE => {
+            if pages > 0 {
+                warn!(
+                    database = id,
+                    why, "SQLite cannot look through the copy of a service's database; it is kept as it is"
+                );
+            }
+            Ok(())
+        }
+        Err(Checked::Unsound(why) | Checked::Unreadable(why)) => {
+            let which = if id == CONSOLE_DATABASE { "its database".to_owned() } else { format!("database {id}") };
+            Err(BackupError::Damaged(format!("SQLite finds in {which}: {why}")))
+        }
+        Ok(()) => Ok(()),
+    }
+}
+
+/// What SQLite finds.
+enum Checked {
+    Unsound(String),
+    Unreadable(String),
+}
+
 /// Lets SQLite look through a database that nobody else has open.
-async fn check_integrity(path: &Path) -> Result<(), BackupError> {
+async fn check_integrity(path: &Path) -> Result<(), Checked> {
     // Immutable: not even a lock or a WAL beside it.
     let options =
         SqliteConnectOptions::new().filename(path).read_only(true).immutable(true).disable_statement_logging();
@@ -311,7 +385,7 @@ async fn check_integrity(path: &Path) -> Result<(), BackupError> {
     .await;
     match found {
         Ok(found) if found == ["ok"] => Ok(()),
-        Ok(found) => Err(BackupError::Damaged(format!("SQLite finds in its database: {}", found.join("; ")))),
-        Err(error) => Err(BackupError::Damaged(format!("SQLite cannot read its database: {error}"))),
+        Ok(found) => Err(Checked::Unsound(found.join("; "))),
+        Err(error) => Err(Checked::Unreadable(error.to_string())),
     }
 }

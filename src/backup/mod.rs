@@ -5,13 +5,13 @@
 //! never call a backup good that was not read again, and never leave a cluster with half of one.
 //!
 //! - `name.rs`: file names; the only way from a client's word to a path
-//! - `copy.rs`: this host's database into a file
-//! - `archive.rs`, `cipher.rs`: that file into an archive, and back
+//! - `copy.rs`: this host's databases into files, as of one raft index
+//! - `archive.rs`, `cipher.rs`: these files into an archive, and back
 //! - `make.rs`: a new backup, step by step; the verification of an old one
 //! - `offsite.rs`, `store.rs`, `wire.rs`: copies of all that elsewhere (`BACKUP_URL`), and back
 //! - `members.rs`: what the other members have
 //! - `folder_access.rs`: the folder on a disk that may not answer
-//! - `restore.rs`: a backup into the cluster
+//! - `restore.rs`: a backup into the cluster; `unpack.rs`: into ordinary files
 //! - `schedule.rs`: what is due when, and what is not kept any longer
 //! - `jobs.rs`: what is under way and how it ended
 
@@ -29,6 +29,7 @@ mod restore;
 mod schedule;
 mod state;
 mod store;
+mod unpack;
 mod wire;
 
 use std::{
@@ -45,6 +46,7 @@ pub use name::{BackupId, Kind};
 pub use restore::{Agreed, RestoreFrom};
 pub use state::{Backup, BackupState, CopyRunning, CopyState, Keep, MemberBackups, Outcome, Running, Started, Work};
 pub use store::RemoteBackup;
+pub use unpack::{Unpacked, UnpackedFile, unpack};
 
 use crate::{
     admin::{Act, Actor, Admin, audit},

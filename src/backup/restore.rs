@@ -207,6 +207,7 @@ impl Backups {
         let accept = move |manifest: &Manifest| {
             all.check_version(&manifest.version)?;
             id.map_or(Ok(()), |id| check_time(&id, manifest))?;
+            all.check_service(manifest)?;
             all.check_page_size(manifest.page_size)?;
             all.check_room(manifest.bytes(), true)
         };
@@ -229,6 +230,19 @@ impl Backups {
             "all members have the database of {} at raft index {} ({bytes} bytes)",
             manifest.node, manifest.index
         ))
+    }
+
+    /// The databases of a service cannot be put back as one with the Console's.
+    fn check_service(&self, manifest: &Manifest) -> Result<(), BackupError> {
+        let Some(service) = manifest.service.as_ref().filter(|service| !service.databases.is_empty()) else {
+            return Ok(());
+        };
+        let paths: Vec<_> = service.databases.iter().map(|database| database.path.as_str()).collect();
+        Err(BackupError::Refused(format!(
+            "the backup also has databases of the service ({}), which this version does not put back: twistcli backup \
+             unpack makes ordinary files of them; nothing was changed",
+            paths.join(", ")
+        )))
     }
 
     fn check_page_size(&self, page_size: u32) -> Result<(), BackupError> {

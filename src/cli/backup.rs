@@ -1,4 +1,4 @@
-//! `twistcli backup`: makes, checks, fetches and deletes backups of the database. The daemon carries out each step.
+//! `twistcli backup`: makes, checks, fetches and deletes backups of all databases. The daemon carries out each step.
 //! Must never overwrite a file of the administrator's.
 
 use std::{
@@ -22,6 +22,7 @@ use super::{
     remote::{Remote, segment},
     stop::{EX_FOUND, EX_IOERR, EX_TEMPFAIL, EX_UNAVAILABLE, EX_USAGE, Stop, confirm},
     target::Target,
+    unpack,
 };
 use crate::{
     backup::{Backup, BackupState, CopyState, MemberBackups, Outcome, RemoteBackup, Started},
@@ -139,6 +140,9 @@ pub(super) enum Backups {
         #[arg(value_name = "BACKUP")]
         id: String,
     },
+    /// Make ordinary files of a backup
+    #[command(after_help = unpack::HELP)]
+    Unpack(unpack::Unpack),
     /// Rename a manual backup
     #[command(after_help = DONE_OR_REFUSED)]
     Rename {
@@ -189,6 +193,7 @@ pub(super) fn run(command: &Backups, paint: Paint) -> Result<(), Stop> {
             let started: Started = client.call(&call)?;
             wait_for_job(&client, &started)
         }
+        Backups::Unpack(options) => unpack::run(options, paint),
         Backups::Rename { target, id, name } => {
             let renamed: Backup = target.client()?.call(&Call::patch(one(id)).with(name))?;
             say(&format!("It is now called {}.", renamed.id))

@@ -35,6 +35,7 @@ mod stop;
 mod table;
 mod tags;
 mod target;
+mod unpack;
 mod untrusted;
 mod users;
 mod version;

@@ -128,8 +128,8 @@ pub(super) fn rules(config: &Config) -> Vec<Wrong> {
             "SERVICE_COMMAND",
             config.service_command.join(" "),
             "empty, or BIND_ADDRESS is one of 127.0.0.0/8: this version replicates the SQLite databases in SERVICE_FOLDER and \
-             no other file of it, and no backup has them, so that a service can only be tried on one machine (twistlockd dev \
-             --service)",
+             no other file of it, and no restore puts them back, so that a service can only be tried on one machine \
+             (twistlockd dev --service)",
         );
     }
     match &config.service_folder {

@@ -47,7 +47,7 @@ use crate::{
     storage::{
         databases::Databases,
         membership::StoredMembership,
-        online_copy::{CopyError, FinishedCopy, OnlineCopy},
+        online_copy::{CopyError, FinishedWhole, WholeCopy},
         raft_log::RaftLog,
         snapshot::{Manifest, Whole},
     },
@@ -200,20 +200,21 @@ impl Handle {
         wait.await.map_err(|_| SnapshotError::Stops)?
     }
 
-    /// Begins a copy of this node's own database; only on a SECONDARY. A change of the role ends the copy.
+    /// Begins a copy of this node's own databases; only on a SECONDARY. A change of the role ends the copy.
     ///
     /// # Errors
     /// [`CopyError::Ended`] with the reason: the database does not follow the raft log here, or its thread is busy.
-    pub async fn begin_copy(&self) -> Result<OnlineCopy, CopyError> {
+    pub async fn begin_copy(&self) -> Result<WholeCopy, CopyError> {
         self.views.online_copies.begin().await
     }
 
-    /// Ends a copy at the last applied transaction.
+    /// Ends a copy of all databases at the last applied transaction.
     ///
     /// # Errors
     /// [`CopyError::Changed`] when too many pages have been written meanwhile: read those, and call this again.
-    /// [`CopyError::Ended`] when the database does not follow any more, or was reopened: begin another copy.
-    pub async fn finish_copy(&self, copy: &OnlineCopy) -> Result<FinishedCopy, CopyError> {
+    /// [`CopyError::Ended`] when the databases do not follow any more, were reopened, or are others: begin another
+    /// copy.
+    pub async fn finish_copy(&self, copy: &WholeCopy) -> Result<FinishedWhole, CopyError> {
         self.views.online_copies.finish(copy.id()).await
     }
 

@@ -10,7 +10,7 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, atomic::Ordering},
+    sync::{Arc, Weak, atomic::Ordering},
     time::Instant,
 };
 
@@ -18,7 +18,8 @@ use super::{
     EntrySource, Replicator,
     checkpoint::{Saved, Saving},
     database::{ApplyError, Database, DatabaseError, PrimaryDatabase},
-    folder::{members::Members, rest::rest, sqlite::Registry},
+    folder::{catalogue::Catalogue, members::Members, rest::rest, sqlite::Registry},
+    online_copy::{CopyError, FinishedWhole, WholeCopy, WholeCopyId, check_pending},
     snapshot::Whole,
     transaction::{self, CONSOLE_DATABASE},
 };
@@ -61,6 +62,8 @@ impl FollowsLog for Database {
 pub struct Databases<D = Database> {
     own: BTreeMap<u32, D>,
     service: Option<Members>,
+    /// What somebody may be reading.
+    resting: Weak<Whole>,
 }
 
 /// All databases of this node, open for writing.
@@ -76,7 +79,7 @@ impl<D: FollowsLog> Databases<D> {
     pub fn new(databases: impl IntoIterator<Item = (u32, D)>) -> Self {
         let databases = BTreeMap::from_iter(databases);
         assert!(!databases.is_empty(), "a node has at least one database");
-        Self { own: databases, service: None }
+        Self { own: databases, service: None, resting: Weak::new() }
     }
 
     /// The raft index up to which all of them have everything.
@@ -146,7 +149,7 @@ impl Databases {
         Self { service: Some(service), ..Self::of_console(console) }
     }
 
-    /// The Console's database. Copies, scrubs and snapshots know no other so far.
+    /// The Console's database.
     pub fn console(&self) -> &Database {
         self.get(CONSOLE_DATABASE).expect("the Console's database is always there")
     }
@@ -164,6 +167,16 @@ impl Databases {
     /// All that follow, those of a service included.
     fn all(&self) -> impl Iterator<Item = &Database> {
         self.own.values().chain(self.service.iter().flat_map(Members::iter))
+    }
+
+    /// A database that follows, also one of a service.
+    pub fn following(&self, id: u32) -> Option<&Database> {
+        self.all().find(|database| database.id() == id)
+    }
+
+    /// The first that follows with this id or a higher one.
+    pub fn following_from(&self, id: u32) -> Option<&Database> {
+        self.all().filter(|database| database.id() >= id).min_by_key(|database| database.id())
     }
 
     /// All that follow, those of a service included.
@@ -204,12 +217,22 @@ impl Databases {
     /// # Errors
     /// Those of [`Database::rest`].
     pub fn rest(&mut self) -> Result<Arc<Whole>, DatabaseError> {
-        let Self { own, service } = self;
+        if let Some(whole) = self.resting.upgrade().filter(|whole| !whole.is_broken()) {
+            return Ok(whole);
+        }
+        let whole = Arc::new(self.rest_anew()?);
+        // Whoever comes while somebody reads it gets the same: another one would end that.
+        self.resting = Arc::downgrade(&whole);
+        Ok(whole)
+    }
+
+    fn rest_anew(&mut self) -> Result<Whole, DatabaseError> {
+        let Self { own, service, .. } = self;
         let console = own.get_mut(&CONSOLE_DATABASE).expect("the Console's database is always there");
         if let Some((service, registry)) = service.as_ref().and_then(|service| Some((service, service.registry()?)))
             && !service.catalogue().is_untouched()
         {
-            return Ok(Arc::new(rest(console, service, registry)?));
+            return rest(console, service, registry);
         }
         let whole = Whole::of_console(console.rest()?);
         // The first database of a service may have come meanwhile.
@@ -218,7 +241,42 @@ impl Databases {
         if service.as_ref().is_some_and(came) {
             return Err(DatabaseError::Refused("a service gets its first database: try again"));
         }
-        Ok(Arc::new(whole))
+        Ok(whole)
+    }
+
+    /// Which databases a service has, as of what is applied.
+    pub fn catalogue(&self) -> Catalogue {
+        self.service.as_ref().map(Members::catalogue).unwrap_or_default()
+    }
+
+    /// Begins a copy of all databases, which go on following meanwhile. An earlier copy ends.
+    ///
+    /// # Errors
+    /// Those of [`Database::begin_copy`].
+    pub fn begin_copy(&mut self) -> Result<WholeCopy, CopyError> {
+        // Without those of a service it would look as if there were none.
+        if let Some(why) = self.distrusted() {
+            return Err(CopyError::Ended(format!("{why}: it must be restored from the primary first")));
+        }
+        let catalogue = self.catalogue();
+        let databases = self.all_mut().map(|database| Ok((database.id(), database.begin_copy()?)));
+        Ok(WholeCopy { databases: databases.collect::<Result<_, CopyError>>()?, catalogue })
+    }
+
+    /// Completes a copy: all are as of what is applied now.
+    ///
+    /// # Errors
+    /// Those of [`Database::finish_copy`]. [`CopyError::Ended`] when databases were added or removed meanwhile.
+    pub fn finish_copy(&mut self, copy: &WholeCopyId) -> Result<FinishedWhole, CopyError> {
+        if copy.changed != self.catalogue().changed() || self.newest() != self.applied() {
+            return Err(CopyError::Ended("databases were added or removed since the copy began".to_owned()));
+        }
+        let unknown = || CopyError::Ended("a database was not there when the copy began".to_owned());
+        let of = |database: &Database| copy.copies.get(&database.id()).ok_or_else(unknown);
+        let lacks: Vec<_> =
+            self.all_mut().map(|database| database.copy_lacks(of(database)?)).collect::<Result<_, _>>()?;
+        check_pending(lacks.iter().copied())?;
+        self.all_mut().map(|database| Ok((database.id(), database.finish_copy(of(database)?)?))).collect()
     }
 
     /// True while somebody reads a resting file.

@@ -6,6 +6,7 @@
 //! that is given up, or a promotion, leaves nothing behind but a flag.
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     io,
     sync::{
@@ -21,6 +22,7 @@ use crate::mutex::locked;
 use super::{
     checkpoint::Record,
     checksum::{read_chunk, read_pages},
+    folder::catalogue::Catalogue,
     snapshot::chunk_checksum,
 };
 
@@ -71,7 +73,7 @@ impl Written {
 
 /// The database's side: notes what is written. It is dropped when the database stops following, and that ends the copy.
 #[derive(Debug)]
-pub(super) struct Tracking(Arc<Written>);
+pub(super) struct Tracking(Arc<Written>, u32);
 
 impl Tracking {
     /// Call this **after** the page is in the file. Whoever copies first takes the note and then reads, so a page that
@@ -85,11 +87,20 @@ impl Tracking {
         Arc::strong_count(&self.0) > 1
     }
 
-    /// Completes the copy: reads the pages that are still noted. `record` describes the database at this moment.
-    pub fn finish(&self, copy: &CopyId, file: &File, record: Record) -> Result<FinishedCopy, CopyError> {
+    /// How many pages are noted, of this copy.
+    pub fn pending(&self, copy: &CopyId, record: &Record) -> Result<usize, CopyError> {
         if !Arc::ptr_eq(&self.0, &copy.0) {
             return Err(CopyError::Ended("another copy of the database was begun".to_owned()));
         }
+        if record.page_size != self.1 {
+            return Err(CopyError::Ended("the database has another size of pages since the copy began".to_owned()));
+        }
+        Ok(self.0.bits().iter().map(|word| word.count_ones() as usize).sum())
+    }
+
+    /// Completes the copy: reads the pages that are still noted. `record` describes the database at this moment.
+    pub fn finish(&self, copy: &CopyId, file: &File, record: Record) -> Result<FinishedCopy, CopyError> {
+        self.pending(copy, &record)?;
         let mut numbers = self.0.take();
         numbers.retain(|number| *number <= record.pages);
         if numbers.len() * record.page_size as usize > LAST_BYTES {
@@ -134,7 +145,7 @@ impl OnlineCopy {
     /// Begins a copy of a database of `pages` pages. The other half notes the writes to it from now on.
     pub(super) fn begin(file: Arc<File>, page_size: u32, pages: u32) -> (Self, Tracking) {
         let written = Arc::<Written>::default();
-        (Self { file, written: Arc::clone(&written), page_size, pages }, Tracking(written))
+        (Self { file, written: Arc::clone(&written), page_size, pages }, Tracking(written, page_size))
     }
 
     /// Size of a page in bytes.
@@ -186,6 +197,43 @@ impl OnlineCopy {
     pub fn read_page(&self, number: u32, image: &mut Vec<u8>) -> io::Result<()> {
         self.check()?;
         read_pages(&self.file, self.page_size, number - 1, 1, image)
+    }
+}
+
+/// A copy of all databases of a member that follows: the side that reads.
+#[derive(Debug)]
+pub struct WholeCopy {
+    /// Which databases of a service there are.
+    pub catalogue: Catalogue,
+    /// By their ids.
+    pub databases: BTreeMap<u32, OnlineCopy>,
+}
+
+/// Tells the database thread which copies to finish.
+#[derive(Clone, Debug)]
+pub struct WholeCopyId {
+    pub(super) changed: u64,
+    pub(super) copies: BTreeMap<u32, CopyId>,
+}
+
+impl WholeCopy {
+    /// Identifies this copy to [`crate::node::Handle::finish_copy`].
+    pub fn id(&self) -> WholeCopyId {
+        let copies = self.databases.iter().map(|(id, copy)| (*id, copy.id())).collect();
+        WholeCopyId { changed: self.catalogue.changed(), copies }
+    }
+}
+
+/// The ends of all copies, as of one raft index.
+pub type FinishedWhole = BTreeMap<u32, FinishedCopy>;
+
+/// Refuses to finish copies that still lack more pages together than the database thread reads itself. `pending` has
+/// the pages of each, and their size.
+pub(super) fn check_pending(pending: impl Iterator<Item = (usize, u32)> + Clone) -> Result<(), CopyError> {
+    let bytes = pending.clone().map(|(pages, size)| pages * size as usize).sum::<usize>();
+    match bytes > LAST_BYTES {
+        true => Err(CopyError::Changed(pending.map(|(pages, _)| pages).sum())),
+        false => Ok(()),
     }
 }
 

@@ -19,6 +19,7 @@ use twistlock_ha::{
 };
 
 mod folder;
+mod whole;
 
 use super::{
     audit::here,

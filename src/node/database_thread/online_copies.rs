@@ -1,18 +1,18 @@
-//! Requests to the database thread for a copy of a SECONDARY's database. Must never let a caller wait for ever.
+//! Requests to the database thread for a copy of a SECONDARY's databases. Must never let a caller wait for ever.
 
 use std::{sync::Arc, time::Duration};
 
 use tokio::sync::oneshot;
 
 use super::{MAILBOX, Shared};
-use crate::storage::online_copy::{CopyError, CopyId, FinishedCopy, OnlineCopy};
+use crate::storage::online_copy::{CopyError, FinishedWhole, WholeCopy, WholeCopyId};
 
 /// How long a caller waits for the database thread, which may have a long transaction to apply.
 const COPY_PATIENCE: Duration = Duration::from_secs(30);
 
 pub(super) enum CopyRequest {
-    Begin(oneshot::Sender<Result<OnlineCopy, CopyError>>),
-    Finish(CopyId, oneshot::Sender<Result<FinishedCopy, CopyError>>),
+    Begin(oneshot::Sender<Result<WholeCopy, CopyError>>),
+    Finish(WholeCopyId, oneshot::Sender<Result<FinishedWhole, CopyError>>),
 }
 
 /// Sends requests straight to the database thread, so that the consensus loop has nothing to do with them.
@@ -20,12 +20,12 @@ pub(super) enum CopyRequest {
 pub(in crate::node) struct OnlineCopies(pub(super) Arc<Shared>);
 
 impl OnlineCopies {
-    pub async fn begin(&self) -> Result<OnlineCopy, CopyError> {
+    pub async fn begin(&self) -> Result<WholeCopy, CopyError> {
         let (reply, wait) = oneshot::channel();
         self.ask(CopyRequest::Begin(reply), wait).await
     }
 
-    pub async fn finish(&self, copy: CopyId) -> Result<FinishedCopy, CopyError> {
+    pub async fn finish(&self, copy: WholeCopyId) -> Result<FinishedWhole, CopyError> {
         let (reply, wait) = oneshot::channel();
         self.ask(CopyRequest::Finish(copy, reply), wait).await
     }

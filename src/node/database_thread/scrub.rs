@@ -1,6 +1,6 @@
-//! The background scrub: reads the database file again, slowly and from the disk, so that damage is found before the
-//! file is needed. A thread of its own reads; the database thread checks what was read, because only it knows what the
-//! pages have to be. Must never write, and never make the database thread wait for a disk.
+//! The background scrub: reads the files of all databases again, slowly and from the disk, so that damage is found
+//! before a file is needed. A thread of its own reads; the database thread checks what was read, because only it
+//! knows what the pages have to be. Must never write, and never make the database thread wait for a disk.
 
 use std::{
     fs::File,
@@ -18,9 +18,11 @@ use tracing::{debug, info};
 use crate::{
     scheduling,
     storage::{
-        database::{Database, Scrubbable},
+        database::Scrubbable,
+        databases::Databases,
         scrub::{from_disk, page_checksums},
-        snapshot::Resting,
+        snapshot::{Resting, Whole},
+        transaction::CONSOLE_DATABASE,
     },
     telemetry::{SCRUB_PROGRESS, SCRUB_SUCCESS, note_now},
 };
@@ -40,14 +42,14 @@ const LOOK: Duration = Duration::from_millis(100);
 const FIRST: Duration = Duration::from_secs(600);
 
 enum Job {
-    /// Compute the checksums of these pages, in a file that follows the raft log.
-    Pages { file: Arc<File>, page_size: u32, done: u32, count: u32 },
-    /// Read the whole file, which rests. It must have the checksum of its checkpoint.
-    Resting(Resting),
+    /// Compute the checksums of these pages, in the file of a database that follows the raft log.
+    Pages { id: u32, file: Arc<File>, page_size: u32, done: u32, count: u32 },
+    /// Read all databases as of one raft index. Each must have the checksum that it had there.
+    Resting(Arc<Whole>),
 }
 
 pub(super) enum Answer {
-    Pages { done: u32, sums: io::Result<Vec<u64>> },
+    Pages { id: u32, done: u32, sums: io::Result<Vec<u64>> },
     Resting(io::Result<()>),
 }
 
@@ -57,16 +59,23 @@ pub(super) enum Finding {
     Nothing,
     /// A whole pass is over and found nothing wrong.
     Clean,
-    /// The file is damaged; the sentence says where.
+    /// A file is damaged; the sentence says where.
     Rot(String),
 }
 
 /// A pass that is under way.
 struct Pass {
     begun: Instant,
-    /// True if the file follows the raft log and is read page by page; a file that rests is read as a whole.
+    /// True if the files follow the raft log and are read page by page; those of a PRIMARY are read as of one moment.
     follows: bool,
+    /// The database that is being read, and its pages that were.
+    id: u32,
     done: u32,
+}
+
+/// What a database's file is called in sentences.
+fn file_of(id: u32) -> String {
+    if id == CONSOLE_DATABASE { "the database file".to_owned() } else { format!("the file of database {id}") }
 }
 
 /// The database thread's side.
@@ -126,42 +135,44 @@ impl Scrub {
     }
 
     /// Checks what was read, if anything was, and lets more be read.
-    pub fn turn(&mut self, read: Option<Answer>, database: &mut Database) -> Finding {
+    pub fn turn(&mut self, read: Option<Answer>, databases: &mut Databases) -> Finding {
         self.tried = Instant::now();
         let mut finding = match read {
             Some(answer) => {
                 self.busy = false;
-                self.judge(answer, database)
+                self.judge(answer, databases)
             }
             None => Finding::Nothing,
         };
         if !self.busy && finding == Finding::Nothing {
-            finding = self.go_on(database);
+            finding = self.go_on(databases);
         }
         match &finding {
             Finding::Nothing => {}
-            Finding::Clean => self.clean(database),
+            Finding::Clean => self.clean(databases),
             Finding::Rot(_) => self.postpone(),
         }
         finding
     }
 
-    fn judge(&mut self, answer: Answer, database: &Database) -> Finding {
-        let unreadable = |error: io::Error| Finding::Rot(format!("the database file cannot be read: {error}"));
+    fn judge(&mut self, answer: Answer, databases: &Databases) -> Finding {
+        let unreadable = |id, error: io::Error| Finding::Rot(format!("{} cannot be read: {error}", file_of(id)));
         match answer {
-            Answer::Pages { done, sums } => {
-                let Some(pass) = self.pass.as_mut().filter(|pass| pass.follows && pass.done == done) else {
-                    return Finding::Nothing; // the role has changed since
+            Answer::Pages { id, done, sums } => {
+                let same = |pass: &&mut Pass| pass.follows && (pass.id, pass.done) == (id, done);
+                // The role may have changed since, or the database may be no more.
+                let Some((pass, database)) = self.pass.as_mut().filter(same).zip(databases.following(id)) else {
+                    return Finding::Nothing;
                 };
                 match sums.and_then(|sums| Ok((database.differs(done, &sums)?, sums.len() as u32))) {
                     Ok((Some(page), _)) => {
-                        Finding::Rot(format!("page {page} of the database file has rotted on the disk"))
+                        Finding::Rot(format!("page {page} of {} has rotted on the disk", file_of(id)))
                     }
                     Ok((None, count)) => {
                         pass.done += count;
                         Finding::Nothing
                     }
-                    Err(error) => unreadable(error),
+                    Err(error) => unreadable(id, error),
                 }
             }
             Answer::Resting(result) => match result {
@@ -173,14 +184,13 @@ impl Scrub {
                     Finding::Nothing
                 }
                 Err(error) if error.kind() == ErrorKind::InvalidData => Finding::Rot(error.to_string()),
-                Err(error) => unreadable(error),
+                Err(error) => unreadable(CONSOLE_DATABASE, error),
             },
         }
     }
 
-    fn go_on(&mut self, database: &mut Database) -> Finding {
-        let found = database.scrubbable();
-        let follows = match found {
+    fn go_on(&mut self, databases: &mut Databases) -> Finding {
+        let follows = match databases.console().scrubbable() {
             Scrubbable::Not => return Finding::Nothing,
             Scrubbable::Follows { .. } => true,
             Scrubbable::Serves => false,
@@ -192,23 +202,18 @@ impl Scrub {
         if self.pass.is_none() && !self.due_in().is_zero() {
             return Finding::Nothing;
         }
-        let done = self.pass.get_or_insert_with(|| Pass { begun: Instant::now(), follows, done: 0 }).done;
-        let job = match found {
-            Scrubbable::Follows { file, page_size, pages } => {
-                metrics::gauge!(SCRUB_PROGRESS).set(f64::from(done) / f64::from(pages.max(1)));
-                if done >= pages {
-                    return database
-                        .verify_settled()
-                        .map_or_else(|error| Finding::Rot(error.to_string()), |()| Finding::Clean);
-                }
-                let count = (CHUNK / page_size).min(pages - done);
-                Job::Pages { file, page_size, done, count }
-            }
-            _ => match database.rest() {
-                Ok(resting) => Job::Resting(resting),
+        let pass = self.pass.get_or_insert_with(|| Pass { begun: Instant::now(), follows, id: 0, done: 0 });
+        let job = match follows {
+            true => match pass.next_pages(databases) {
+                Ok(Some(job)) => job,
+                Ok(None) => return Finding::Clean,
+                Err(why) => return Finding::Rot(why),
+            },
+            false => match databases.rest() {
+                Ok(whole) => Job::Resting(whole),
                 Err(error) => {
                     // Whatever it is, the next checkpoint finds it as well.
-                    debug!("the database file does not rest for a scrub: {error}");
+                    debug!("the databases do not rest for a scrub: {error}");
                     self.postpone();
                     return Finding::Nothing;
                 }
@@ -218,23 +223,48 @@ impl Scrub {
         Finding::Nothing
     }
 
-    fn clean(&mut self, database: &Database) {
+    fn clean(&mut self, databases: &Databases) {
         let ms = self.pass.take().map_or(0, |pass| pass.begun.elapsed().as_millis() as u64);
         self.next = Instant::now() + self.interval;
         note_now(SCRUB_SUCCESS);
         metrics::gauge!(SCRUB_PROGRESS).set(1.0);
-        info!(bytes = database.file_bytes(), ms, "the scrub of the database file found nothing wrong");
+        info!(bytes = databases.file_bytes(), ms, "the scrub of the database file found nothing wrong");
+    }
+}
+
+impl Pass {
+    /// The pages to read next, of this database or a later one; none at the end. Checks each database that was read to
+    /// its end.
+    fn next_pages(&mut self, databases: &Databases) -> Result<Option<Job>, String> {
+        while let Some(database) = databases.following_from(self.id) {
+            if self.id != database.id() {
+                (self.id, self.done) = (database.id(), 0);
+            }
+            if let Scrubbable::Follows { file, page_size, pages } = database.scrubbable() {
+                metrics::gauge!(SCRUB_PROGRESS).set(f64::from(self.done) / f64::from(pages.max(1)));
+                if self.done < pages {
+                    let count = (CHUNK / page_size).min(pages - self.done);
+                    return Ok(Some(Job::Pages { id: self.id, file, page_size, done: self.done, count }));
+                }
+                database.verify_settled().map_err(|error| error.to_string())?;
+            }
+            (self.id, self.done) = (self.id + 1, 0);
+        }
+        Ok(None)
     }
 }
 
 /// Does a job. `took` is how long the last chunk took.
 fn read(job: Job, took: &mut Duration) -> Answer {
     match job {
-        Job::Pages { file, page_size, done, count } => {
+        Job::Pages { id, file, page_size, done, count } => {
             let read = || from_disk(&file, page_size, done, count, || page_checksums(&file, page_size, done, count));
-            Answer::Pages { done, sums: after_a_rest(took, read) }
+            Answer::Pages { id, done, sums: after_a_rest(took, read) }
         }
-        Job::Resting(resting) => Answer::Resting(whole(&resting, took)),
+        Job::Resting(all) => {
+            let ids = std::iter::once(CONSOLE_DATABASE).chain(all.service.keys().copied());
+            Answer::Resting(ids.zip(all.all()).try_for_each(|(id, resting)| whole(id, resting, took)))
+        }
     }
 }
 
@@ -247,7 +277,7 @@ fn after_a_rest<T>(took: &mut Duration, read: impl FnOnce() -> T) -> T {
     found
 }
 
-fn whole(resting: &Resting, took: &mut Duration) -> io::Result<()> {
+fn whole(id: u32, resting: &Resting, took: &mut Duration) -> io::Result<()> {
     let record = resting.record();
     let (mut done, mut checksum, mut bytes) = (0, 0, Vec::new());
     while done < record.pages {
@@ -258,6 +288,66 @@ fn whole(resting: &Resting, took: &mut Duration) -> io::Result<()> {
     if checksum == record.checksum {
         return Ok(());
     }
-    let why = format!("the database file does not have the checksum of its checkpoint at raft index {}", record.index);
+    let (file, index) = (file_of(id), record.index);
+    let why = format!("{file} does not have the checksum of its checkpoint at raft index {index}");
     Err(io::Error::new(ErrorKind::InvalidData, why))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        os::unix::fs::FileExt,
+        sync::mpsc::{Receiver, channel},
+    };
+
+    use super::*;
+    use crate::storage::{
+        EntrySource,
+        database::{Database, initial_transaction},
+    };
+
+    const OTHER: u32 = 2;
+
+    struct Nothing;
+
+    impl EntrySource for Nothing {
+        fn for_each(&self, _: u64, _: u64, _: &mut dyn FnMut(u64, &[u8]) -> io::Result<()>) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// Lets it read until it has found something.
+    fn pass(scrub: &mut Scrub, answers: &Receiver<Answer>, databases: &mut Databases) -> Finding {
+        scrub.next = Instant::now();
+        let mut finding = scrub.turn(None, databases);
+        while finding == Finding::Nothing {
+            finding = scrub.turn(Some(answers.recv().unwrap()), databases);
+        }
+        finding
+    }
+
+    #[test]
+    fn the_files_of_all_databases_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let ids = [CONSOLE_DATABASE, OTHER];
+        let mut databases = Databases::new(ids.map(|id| (id, Database::open(folder.path(), id, 0).unwrap())));
+        for (index, id) in (1..).zip(ids) {
+            let part = initial_transaction(id, 4096).unwrap().remove(0);
+            databases.apply(index, 1, &part, &Nothing).unwrap();
+        }
+        let (told, answers) = channel();
+        let mut scrub = Scrub::start(Duration::from_secs(3600), move |answer| drop(told.send(answer))).unwrap();
+        assert_eq!(pass(&mut scrub, &answers, &mut databases), Finding::Clean);
+        for (id, file) in
+            [(OTHER, "page 1 of the file of database 2 has"), (CONSOLE_DATABASE, "page 1 of the database file has")]
+        {
+            let path = databases.get(id).unwrap().path();
+            let file_of_it = File::options().read(true).write(true).open(path).unwrap();
+            let mut byte = [0];
+            file_of_it.read_exact_at(&mut byte, 77).unwrap();
+            file_of_it.write_all_at(&[byte[0] ^ 1], 77).unwrap();
+            let Finding::Rot(why) = pass(&mut scrub, &answers, &mut databases) else { panic!("nothing was found") };
+            assert!(why.starts_with(file), "{why}");
+        }
+    }
 }

@@ -392,11 +392,11 @@ impl Thread {
     /// Answers everyone who makes a copy. A caller that has stopped waiting asks again.
     fn copy(&mut self) {
         let requests = std::mem::take(&mut self.shared.lock().mailbox.copies);
-        let database = self.databases.console_mut();
+        let databases = &mut self.databases;
         for request in requests {
             match request {
-                CopyRequest::Begin(reply) => drop(reply.send(database.begin_copy())),
-                CopyRequest::Finish(copy, reply) => drop(reply.send(database.finish_copy(&copy))),
+                CopyRequest::Begin(reply) => drop(reply.send(databases.begin_copy())),
+                CopyRequest::Finish(copy, reply) => drop(reply.send(databases.finish_copy(&copy))),
             }
         }
     }
@@ -404,7 +404,7 @@ impl Thread {
     /// Takes a turn of the scrub: there is nothing more important to do.
     fn scrub(&mut self) {
         let read = self.shared.lock().mailbox.read.take();
-        match self.scrub.turn(read, self.databases.console_mut()) {
+        match self.scrub.turn(read, &mut self.databases) {
             Finding::Nothing => {}
             Finding::Clean => {
                 self.sender.send(Input::Warning { about: Warning::Scrub, text: None });

@@ -10,6 +10,7 @@ use crate::storage::{
     online_copy::{CopyError, CopyId, FinishedCopy, OnlineCopy},
     replica::Replica,
     snapshot::Resting,
+    transaction::CONSOLE_DATABASE,
     vfs::Checkpointer,
 };
 
@@ -148,7 +149,8 @@ impl Database {
         last <= self.record.index && serving.primary.gate.rests_at(last)
     }
 
-    /// Begins a copy of a database that goes on following meanwhile. An earlier copy ends.
+    /// Begins a copy of a database that goes on following meanwhile. An earlier copy ends. Only the Console's has
+    /// content from the beginning.
     ///
     /// # Errors
     /// [`CopyError::Ended`] on a primary, and while the file is ahead of what has been applied.
@@ -160,6 +162,17 @@ impl Database {
         Ok(copy)
     }
 
+    /// How many pages a copy lacks, and their size.
+    ///
+    /// # Errors
+    /// [`CopyError::Ended`] as [`Self::finish_copy`].
+    pub fn copy_lacks(&mut self, copy: &CopyId) -> Result<(usize, u32), CopyError> {
+        let replica = self.whole()?;
+        let record = replica.record();
+        let tracking = replica.copy.as_ref().ok_or_else(ended_since)?;
+        Ok((tracking.pending(copy, &record)?, record.page_size))
+    }
+
     /// Completes a copy: it is the database at what is applied now.
     ///
     /// # Errors
@@ -167,9 +180,7 @@ impl Database {
     /// [`CopyError::Ended`] when the database does not follow, or has gone back to a checkpoint: begin another copy.
     pub fn finish_copy(&mut self, copy: &CopyId) -> Result<FinishedCopy, CopyError> {
         let replica = self.whole()?;
-        let Some(tracking) = &replica.copy else {
-            return Err(CopyError::Ended("the database has gone back to a checkpoint since the copy began".to_owned()));
-        };
+        let tracking = replica.copy.as_ref().ok_or_else(ended_since)?;
         let finished = tracking.finish(copy, &replica.file, replica.record())?;
         replica.copy = None;
         Ok(finished)
@@ -184,7 +195,7 @@ impl Database {
         let State::Following(replica) = &mut self.state else {
             return ended("the role of this node is changing");
         };
-        if replica.table.pages() == 0 {
+        if replica.table.pages() == 0 && self.id == CONSOLE_DATABASE {
             return ended("this node has no database yet");
         }
         if replica.half_applied {
@@ -209,6 +220,10 @@ impl Database {
             hold.break_off();
         }
     }
+}
+
+fn ended_since() -> CopyError {
+    CopyError::Ended("the database has gone back to a checkpoint since the copy began".to_owned())
 }
 
 /// Copies the WAL into the database file. Returns what it has reached, whether the last pass got to the end of the WAL,

@@ -52,6 +52,11 @@ fn text_of(path: &Path) -> Option<&str> {
     path.to_str().filter(|text| normal && !text.is_empty() && text.len() <= LONGEST_PATH)
 }
 
+/// True for a path that a database can have.
+pub fn is_path(path: &Path) -> bool {
+    text_of(path).is_some()
+}
+
 impl Change {
     /// Encodes it. None for a path that no database can have: it is not UTF-8, too long, or leads elsewhere.
     pub fn encode(&self, database: u32) -> Option<Vec<u8>> {

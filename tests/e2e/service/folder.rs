@@ -33,12 +33,12 @@ use super::{
     FOLDER_LOST, free_port, wait_until_gone,
 };
 
-const MODES: [&str; 2] = ["wal", "delete"];
+pub const MODES: [&str; 2] = ["wal", "delete"];
 
 /// What the application says of itself.
 #[derive(Clone, Debug)]
-struct Said {
-    node: usize,
+pub struct Said {
+    pub node: usize,
     epoch: u64,
     pid: i32,
     /// What it took to begin, in milliseconds.
@@ -53,7 +53,7 @@ struct Content {
 }
 
 /// The status code of an answer, and its text.
-fn ask(node: usize, port: u16, request: &str) -> io::Result<(u16, String)> {
+pub fn ask(node: usize, port: u16, request: &str) -> io::Result<(u16, String)> {
     let address = SocketAddr::from(([127, 0, 0, node as u8 + 1], port));
     let mut stream = TcpStream::connect(address)?;
     stream.set_read_timeout(Some(Duration::from_secs(20)))?;
@@ -74,7 +74,7 @@ fn says(node: usize, port: u16) -> Option<Said> {
 }
 
 /// Waits until the application answers as wanted on some node.
-fn wait_for_answer(port: u16, is: impl Fn(&Said) -> bool) -> Said {
+pub fn wait_for_answer(port: u16, is: impl Fn(&Said) -> bool) -> Said {
     let begin = Instant::now();
     loop {
         if let Some(said) = (0..3).find_map(|node| says(node, port).filter(&is)) {
@@ -137,7 +137,7 @@ impl Writer {
 }
 
 /// What members have of a database.
-fn files(cluster: &Cluster, mode: &str) -> Vec<PathBuf> {
+pub fn files(cluster: &Cluster, mode: &str) -> Vec<PathBuf> {
     (0..3).map(|node| cluster.node(node).data.join(format!("service/files/{mode}.db"))).collect()
 }
 
