@@ -3,6 +3,7 @@
 //! database, each exactly once.
 
 mod crowd;
+mod handshakes;
 mod site;
 
 use std::{
@@ -45,6 +46,9 @@ struct Options {
     /// Takeovers of --million
     #[arg(long, value_name = "N", default_value_t = 30)]
     takeovers: u64,
+    /// Instead: what so many TLS handshakes of each kind cost, without a cluster
+    #[arg(long, value_name = "N", conflicts_with = "million")]
+    handshakes: Option<usize>,
     /// The program of the members
     #[arg(long, value_name = "FILE", default_value = env!("CARGO_BIN_EXE_twistlockd"))]
     program: PathBuf,
@@ -124,6 +128,14 @@ struct Million {
 
 fn main() -> Result<()> {
     let options = Options::parse();
+    if let Some(count) = options.handshakes {
+        let found = handshakes::Costs::measure(count)?;
+        if options.json {
+            return print_json(&found);
+        }
+        found.print();
+        return Ok(());
+    }
     descriptors::raise().map_err(anyhow::Error::msg)?;
     let site = Site::start(&options.program, options.dir.as_deref(), options.port_offset)?;
     if options.million {

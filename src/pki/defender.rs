@@ -18,6 +18,9 @@ use super::{
 };
 use crate::cluster::ClusterId;
 
+/// Tickets that a Defender gets with each connection. One is good for one attempt: when thousands come back at once,
+/// some attempts come to nothing, and must not lead to handshakes in full.
+const TICKETS: usize = 4;
 /// Tickets that a Defender keeps: all members have the same name.
 const SESSIONS: usize = 8;
 /// Digits of an id.
@@ -86,6 +89,7 @@ pub fn defender_port_tls<'a>(
     // What this member alone remembers would be of no use after a takeover.
     config.session_storage = Arc::new(NoServerSessionStorage {});
     tickets.into_iter().for_each(|tickets| config.ticketer = Arc::new(tickets));
+    config.send_tls13_tickets = TICKETS;
     Ok(Some(Arc::new(config)))
 }
 
@@ -231,5 +235,13 @@ mod tests {
         }
         use HandshakeKind::{Full, Resumed};
         assert_eq!(kinds, [Full, Resumed, Full, Resumed, Full]);
+        // An attempt that comes to nothing, as when too many come at once, costs a ticket, and another one is left.
+        let member = member(&shared, "c");
+        let mut kinds = Vec::new();
+        for lost in [0, TICKETS - 1, TICKETS] {
+            (0..lost).for_each(|_| drop(ClientConnection::new(Arc::clone(&client), console_name()).unwrap()));
+            kinds.push(shake(&client, &member, console_name()).unwrap().0);
+        }
+        assert_eq!(kinds, [Full, Resumed, Full]);
     }
 }

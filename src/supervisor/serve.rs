@@ -49,9 +49,10 @@ const HEADERS: usize = 64;
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// How long a handshake keeps its turn, where there are turns: who sends drop by drop holds nobody up.
 const TURN: Duration = Duration::from_millis(250);
-/// How long it waits for its turn. Behind that, its client would give up before the end, and all work would be for
-/// those who are gone: it is better told to come again.
-const PATIENCE: Duration = Duration::from_secs(3);
+/// How long it waits for its turn. Behind that, its client would give up before the end (a Defender does after 5 s),
+/// and all work would be for those who are gone: it is better told to come again. Not earlier: who comes again has lost
+/// its place, and draws a pause before.
+const PATIENCE: Duration = Duration::from_millis(4_500);
 /// Longest time from the end of a request (or the start of the connection) to the end of the next request's head: also
 /// the limit of an idle connection.
 const HEAD: Duration = Duration::from_secs(10);
