@@ -253,3 +253,56 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Line<S> {
         self.stream.flush().await
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, duplex};
+
+    use super::{super::budget::Budgets, *};
+
+    #[tokio::test]
+    async fn a_connection_on_which_nothing_comes_is_dead_after_three_seconds() {
+        let (mut client, server) = duplex(1024);
+        let mut line = Line::new(server, &Budgets::default().read);
+        let begin = Instant::now();
+        let talk = async {
+            // It counts from what has come last, and a ping is something.
+            tokio::time::sleep(SILENCE / 2).await;
+            client.write_all(&[0x89, 0x80, 1, 2, 3, 4]).await.unwrap();
+            let mut answer = [0; 2];
+            client.read_exact(&mut answer).await.unwrap();
+            assert_eq!(answer, [0x8a, 0], "a pong");
+            std::future::pending().await
+        };
+        let heard = tokio::select! {
+            heard = line.hear() => heard,
+            heard = talk => heard,
+        };
+        assert_eq!(heard, Err("nothing came for too long".to_owned()));
+        assert!(begin.elapsed() >= SILENCE + SILENCE / 2);
+    }
+
+    /// Its Defender cannot ping while it sends the rest.
+    #[tokio::test]
+    async fn who_sends_a_message_slowly_is_heard_and_hears() {
+        let (client, server) = duplex(1024);
+        let mut line = Line::new(server, &Budgets::default().read);
+        let (mut reading, mut writing) = tokio::io::split(client);
+        let talk = async {
+            for part in [&[0x81, 0x83, 0, 0, 0, 0][..], b"a", b"b", b"c"] {
+                writing.write_all(part).await.unwrap();
+                let mut beat = [0; 2];
+                if part != b"c" {
+                    reading.read_exact(&mut beat).await.unwrap();
+                    assert_eq!(beat, [0x8a, 0], "a sign of life");
+                }
+            }
+            std::future::pending().await
+        };
+        let heard = tokio::select! {
+            heard = line.text() => heard,
+            heard = talk => heard,
+        };
+        assert_eq!(heard, Ok("abc".to_owned()));
+    }
+}
