@@ -348,7 +348,7 @@ impl Parts {
             events: self.events.clone(),
             notifier,
             metrics: self.metrics()?,
-            high_availability: self.config.high_availability_enabled,
+            high_availability: self.config.high_availability_enabled || self.config.clustered_db_enabled,
             status_port: self.config.status_port(),
             lease: self.lease.clone(),
             data: self.config.data_folder.clone(),

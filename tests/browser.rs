@@ -19,6 +19,8 @@ mod service;
 mod setup;
 #[path = "browser/stage.rs"]
 mod stage;
+#[path = "browser/waiting.rs"]
+mod waiting;
 
 use std::time::{Duration, Instant};
 
@@ -319,6 +321,11 @@ fn hostile_defenders(founder: &Founder, names: &[&str]) {
     }
     let path = format!("/{}", names[0].replace('/', ""));
     founder.post("/defenders/policy", json!({"paths": [{"path": path}]}), 200);
+}
+
+#[test]
+fn a_host_that_waits_is_signed_up_on_its_page() {
+    on_stage("a_host_that_waits_is_signed_up_on_its_page", waiting::play);
 }
 
 #[test]

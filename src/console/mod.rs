@@ -121,7 +121,7 @@ pub struct ConsoleServices {
     pub notifier: Notifier,
     /// What Prometheus reads.
     pub metrics: MetricsPage,
-    /// `HIGH_AVAILABILITY_ENABLED`.
+    /// `HIGH_AVAILABILITY_ENABLED` or `CLUSTERED_DB_ENABLED`.
     pub high_availability: bool,
     /// The port of the members' status pages, if they have them.
     pub status_port: Option<u16>,

@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 use axum::{
     Json, Router,
     extract::{DefaultBodyLimit, Request, State},
-    http::StatusCode,
+    http::{HeaderValue, StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{get, post},
@@ -58,6 +58,7 @@ pub fn waiting(sign_ups: mpsc::Sender<SignUp>) -> Router {
         .route("/ui/{name}", get(ui::part))
         .route(&format!("{BASE}/settings/initialized"), get(initialized))
         .route(&format!("{BASE}/signup"), post(sign_up))
+        .route(&format!("{BASE}/authenticate"), get(nobody))
         .fallback(refuse)
         .layer(DefaultBodyLimit::max(BODY))
         .layer(middleware::from_fn(around))
@@ -67,6 +68,11 @@ pub fn waiting(sign_ups: mpsc::Sender<SignUp>) -> Router {
 /// `GET settings/initialized`.
 async fn initialized() -> Json<Value> {
     Json(json!({ "initialized": false }))
+}
+
+/// `GET authenticate`: the page asks who is logged in before it asks for a sign-up.
+async fn nobody() -> ApiError {
+    ApiError::Unauthorized("nobody is logged in at a host that waits for a pool")
 }
 
 /// `POST signup`: whoever is first founds the pool.
@@ -102,8 +108,12 @@ async fn around(request: Request, next: Next) -> Response {
             Err(_) => ApiError::Unavailable(format!("no answer within {} s", REQUEST.as_secs())).into_response(),
         },
     };
+    if let Some(challenge) = response.headers_mut().get_mut(header::WWW_AUTHENTICATE) {
+        // A browser must not ask for a name and a password: nobody has one yet.
+        *challenge = HeaderValue::from_static("Bearer");
+    }
     for (name, value) in DEFAULT_HEADERS {
-        response.headers_mut().entry(name).or_insert(axum::http::HeaderValue::from_static(value));
+        response.headers_mut().entry(name).or_insert(HeaderValue::from_static(value));
     }
     response
 }
@@ -140,6 +150,7 @@ mod tests {
         assert_eq!(get("/api/v1/settings/initialized").await, (200, "{\"initialized\":false}".to_owned()));
         assert!(get("/").await.1.contains("<html"));
         assert_eq!(get("/ui/login.js").await.0, 200);
+        assert_eq!(get("/api/v1/authenticate").await.0, 401, "the page goes on to the sign-up");
         for path in ["/api/v1/_ping", "/api/v1/users", "/api/v1/version", "/metrics", "/nowhere"] {
             let (status, text) = get(path).await;
             assert!(status == 503 && text.contains("waits for a pool"), "{path}: {text}");

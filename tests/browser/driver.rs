@@ -43,6 +43,15 @@ pub struct Browser {
 impl Browser {
     /// A fresh browser that trusts these authorities and nothing else that is new.
     pub fn start(authorities: &[&str]) -> Self {
+        Self::start_like(authorities, false)
+    }
+
+    /// A fresh browser whose user goes on whatever it warns of.
+    pub fn start_credulous() -> Self {
+        Self::start_like(&[], true)
+    }
+
+    fn start_like(authorities: &[&str], credulous: bool) -> Self {
         let folder = tempfile::Builder::new().prefix("twb").tempdir().unwrap();
         trust(folder.path(), authorities);
         let mut driver = Command::new("chromedriver")
@@ -65,7 +74,7 @@ impl Browser {
             .into();
         let mut browser = Self { driver, session: format!("http://127.0.0.1:{port}/session"), agent, _folder: folder };
         let profile = browser._folder.path().join("profile");
-        let answer = browser.call("POST", "", &capabilities(&profile));
+        let answer = browser.call("POST", "", &capabilities(&profile, credulous));
         browser.session = format!("{}/{}", browser.session, answer["sessionId"].as_str().unwrap());
         browser.call("POST", "/timeouts", &json!({"script": PATIENCE.as_millis() as u64}));
         let granted = json!({"descriptor": {"name": "clipboard-read"}, "state": "granted"});
@@ -315,7 +324,7 @@ fn port_of(said: &mut impl BufRead) -> u16 {
     }
 }
 
-fn capabilities(profile: &Path) -> Value {
+fn capabilities(profile: &Path, credulous: bool) -> Value {
     let profile = format!("--user-data-dir={}", profile.display());
     // With the system's resolver all addresses of a name are tried; Chromium's own takes the first one of a hosts file.
     let arguments = [
@@ -333,7 +342,7 @@ fn capabilities(profile: &Path) -> Value {
         &profile,
     ];
     json!({"capabilities": {"alwaysMatch": {
-        "acceptInsecureCerts": false,
+        "acceptInsecureCerts": credulous,
         "goog:chromeOptions": {"args": arguments},
         "goog:loggingPrefs": {"browser": "ALL"},
     }}})
