@@ -8,12 +8,14 @@
 //! Tests that measure, or load the machine, have names that begin with `timed_`. Each runs alone; the others run beside one
 //! another, and may run beside other work.
 
+mod adding;
 #[path = "../join/agent.rs"]
 mod agent;
 mod amnesia;
 mod audit;
 mod backup;
 mod balancers;
+mod between;
 mod busy;
 mod certificates;
 mod cluster;

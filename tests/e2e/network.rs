@@ -3,6 +3,7 @@
 use std::{
     fmt::Write as _,
     io::Write,
+    net::SocketAddr,
     process::{Command, Stdio},
 };
 
@@ -110,7 +111,14 @@ pub fn raise(name: &str, rules: &str) {
     run("nft", &["-f", "-"], &table);
 }
 
-/// Takes the wall of this name down.
+/// Leads connections from one address to the HA port of another one to somebody else, until that is removed by its name.
+pub fn detour(name: &str, from: &str, to: &str, via: SocketAddr) {
+    let rule = format!("ip saddr {from} ip daddr {to} tcp dport {HA_PORT} dnat to {via}");
+    let table = format!("table ip {name} {{ chain out {{ type nat hook output priority -100;\n{rule}\n}}\n}}\n");
+    run("nft", &["-f", "-"], &table);
+}
+
+/// Takes the wall or the detour of this name down.
 pub fn remove(name: &str) {
     run("nft", &["delete", "table", "ip", name], "");
 }

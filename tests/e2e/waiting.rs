@@ -26,12 +26,12 @@ use ureq::Agent;
 
 use super::{beside, cluster::LIMIT, network};
 
-const SECRET: &str = "0123456789abcdef0123456789abcdef";
-const PASSWORD: &str = "Pool-test-1234";
-const LIMITS: Limits = Limits { connect: Duration::from_secs(2), request: Duration::from_secs(20) };
+pub const SECRET: &str = "0123456789abcdef0123456789abcdef";
+pub const PASSWORD: &str = "Pool-test-1234";
+pub const LIMITS: Limits = Limits { connect: Duration::from_secs(2), request: Duration::from_secs(20) };
 
 /// One host. Its daemon ends with this.
-struct Host {
+pub struct Host {
     number: usize,
     folder: PathBuf,
     daemon: Option<Child>,
@@ -39,7 +39,7 @@ struct Host {
 
 impl Host {
     /// Starts a host that has nothing yet but its configuration.
-    fn start(site: &Path, number: usize, secret: Option<&str>) -> Self {
+    pub fn start(site: &Path, number: usize, secret: Option<&str>) -> Self {
         let folder = site.join(format!("host{number}"));
         fs::create_dir_all(&folder).unwrap();
         let place = folder.display();
@@ -58,51 +58,61 @@ impl Host {
         host
     }
 
-    fn run(&mut self) {
+    /// Starts its daemon.
+    pub fn run(&mut self) {
         let log = File::options().create(true).append(true).open(self.folder.join("log")).unwrap();
         let mut daemon = Command::new(env!("CARGO_BIN_EXE_twistlockd"));
         daemon.args(["run", "--config"]).arg(self.folder.join("twistlock.cfg"));
         self.daemon = Some(daemon.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap());
     }
 
-    fn end(&mut self, signal: Signal) {
+    /// Ends its daemon by a signal.
+    pub fn end(&mut self, signal: Signal) {
         if let Some(mut daemon) = self.daemon.take() {
             kill(Pid::from_raw(daemon.id() as i32), signal).unwrap();
             daemon.wait().unwrap();
         }
     }
 
-    fn address(&self) -> String {
+    /// Where it is.
+    pub fn address(&self) -> String {
         format!("127.0.0.{}", self.number)
     }
 
-    fn url(&self, path: &str) -> String {
+    /// A path of its Console's API.
+    pub fn url(&self, path: &str) -> String {
         format!("https://{}:8083/api/v1/{path}", self.address())
     }
 
-    fn data(&self) -> PathBuf {
+    /// Its data folder.
+    pub fn data(&self) -> PathBuf {
         self.folder.join("data")
     }
 
-    fn log(&self) -> String {
+    /// What its daemon has logged.
+    pub fn log(&self) -> String {
         fs::read_to_string(self.folder.join("log")).unwrap()
     }
 
-    fn status(&self) -> Option<Status> {
+    /// What its daemon says.
+    pub fn status(&self) -> Option<Status> {
         control::status(&self.data().join("control.sock"), Duration::from_secs(2)).ok()
     }
 
-    fn role(&self) -> Option<Role> {
+    /// What it is.
+    pub fn role(&self) -> Option<Role> {
         self.status().map(|status| status.role)
     }
 
+    /// Waits until it is that.
     #[track_caller]
-    fn wait_role(&self, role: Role) {
+    pub fn wait_role(&self, role: Role) {
         self.wait_for(&role.to_string(), || self.role() == Some(role));
     }
 
+    /// Waits for a condition.
     #[track_caller]
-    fn wait_for(&self, what: &str, mut condition: impl FnMut() -> bool) {
+    pub fn wait_for(&self, what: &str, mut condition: impl FnMut() -> bool) {
         let begin = Instant::now();
         while !condition() {
             assert!(begin.elapsed() < LIMIT, "host{}: not {what}: {:?}\n{}", self.number, self.role(), self.log());
@@ -110,24 +120,25 @@ impl Host {
         }
     }
 
-    fn fingerprint(&self) -> String {
+    /// Of its key, as it shows it itself.
+    pub fn fingerprint(&self) -> String {
         self.status().and_then(|status| status.waiting).expect("it waits").fingerprint
     }
 
     /// As a browser would that has seen the warning about the certificate.
-    fn sign_up(&self) -> (u16, String) {
+    pub fn sign_up(&self) -> (u16, String) {
         let login = json!({ "username": "admin", "password": PASSWORD });
         let mut answer = https::credulous_client(LIMITS).post(self.url("signup")).send_json(login).unwrap();
         (answer.status().as_u16(), answer.body_mut().read_to_string().unwrap())
     }
 
     /// A client that trusts the authority of this host's pool.
-    fn agent(&self) -> Agent {
+    pub fn agent(&self) -> Agent {
         https::client(&Trust::file(&self.data().join("certificates/ca.pem")).unwrap(), LIMITS)
     }
 
     /// Writes a tag, by name and password. The status of the answer; none if there was none.
-    fn write(&self, agent: &Agent, tag: &str) -> Option<u16> {
+    pub fn write(&self, agent: &Agent, tag: &str) -> Option<u16> {
         let login = data_encoding::BASE64.encode(format!("admin:{PASSWORD}").as_bytes());
         let call = agent.post(self.url("tags")).header("authorization", format!("Basic {login}"));
         call.send_json(json!({ "name": tag, "color": "#112233" })).ok().map(|answer| answer.status().as_u16())
@@ -140,7 +151,8 @@ impl Drop for Host {
     }
 }
 
-fn site() -> TempDir {
+/// A folder for the hosts of a test.
+pub fn site() -> TempDir {
     tempfile::Builder::new().prefix("twp").tempdir().unwrap()
 }
 
@@ -182,11 +194,19 @@ fn a_sign_up_makes_a_host_that_waits_the_seed_of_a_pool() {
     });
 }
 
+/// The command line of `twistcli` with these arguments, at the Console of a host.
+pub fn line(host: &Host, args: &[&str]) -> Vec<String> {
+    let (url, ca) = (format!("https://{}:8083/", host.address()), host.data().join("certificates/ca.pem"));
+    let there = ["--address", &url, "-u", "admin", "-p", PASSWORD, "--tlscacert", ca.to_str().unwrap()];
+    let whole = [&[env!("CARGO_BIN_EXE_twistcli")], args, &there].concat();
+    whole.into_iter().map(str::to_owned).collect()
+}
+
 /// `twistcli` with these arguments, at the Console of a host: exit code, and all that it says.
-fn at(host: &Host, args: &[&str]) -> (Option<i32>, String) {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_twistcli"));
-    command.args(args).args(["--address", &format!("https://{}:8083/", host.address())]);
-    command.args(["-u", "admin", "-p", PASSWORD, "--tlscacert"]).arg(host.data().join("certificates/ca.pem"));
+pub fn at(host: &Host, args: &[&str]) -> (Option<i32>, String) {
+    let line = line(host, args);
+    let mut command = Command::new(&line[0]);
+    command.args(&line[1..]);
     said(command)
 }
 
@@ -204,13 +224,13 @@ fn said(mut command: Command) -> (Option<i32>, String) {
 }
 
 /// The arguments of `add` for these hosts.
-fn add<'a>(addresses: &'a [String], more: &[&'a str]) -> Vec<&'a str> {
+pub fn add<'a>(addresses: &'a [String], more: &[&'a str]) -> Vec<&'a str> {
     let named = addresses.iter().flat_map(|address| ["--member-address", address.as_str()]);
     ["clustered-db", "add"].into_iter().chain(named).chain(more.iter().copied()).collect()
 }
 
 /// How many members of the pool have a vote, as a host sees it.
-fn voters(host: &Host) -> usize {
+pub fn voters(host: &Host) -> usize {
     host.status().map_or(0, |status| status.membership.voters().count())
 }
 
