@@ -5,6 +5,7 @@
 mod acts;
 mod databases;
 mod disk;
+mod gate;
 mod memory;
 mod network;
 mod node;
@@ -27,8 +28,14 @@ fn size(seed: u64) -> u64 {
     Some(seed % 16).filter(|size| SIZES.contains(size)).unwrap_or(3)
 }
 
+/// A quarter of all seeds, of each size.
+fn is_pool(seed: u64) -> bool {
+    seed / 16 % 4 == 1
+}
+
 fn run(seed: u64, timing: Timing) -> node::Summary {
-    let mut world = World::new(seed, size(seed), timing);
+    let found = if is_pool(seed) { World::pool } else { World::new };
+    let mut world = found(seed, size(seed), timing);
     world.datagrams = true;
     finish(world)
 }
@@ -92,8 +99,10 @@ fn invariants_hold_on_every_seed() {
         println!("{size} members: {total:?}");
         assert_something_happened(if size == 3 { seeds / 4 * 3 } else { seeds / 16 }, total);
     }
-    let all = total.iter().fold((0, 0), |(raised, again), one| (raised + one.raised, again + one.again));
-    assert!(all.0 > seeds / 80 && all.1 > seeds / 6, "{total:?}");
+    let mut all = node::Summary::default();
+    total.iter().for_each(|one| all.add(one));
+    assert!(all.raised > seeds / 80 && all.again > seeds / 6, "{all:?}");
+    assert!(all.versions > seeds / 4 && all.behind > seeds / 80, "{all:?}");
 }
 
 /// A simulation in which nothing happens proves nothing.
@@ -265,4 +274,18 @@ fn an_older_program_that_would_serve_is_caught() {
         std::panic::catch_unwind(storm).is_err()
     });
     assert!(caught, "2,000 seeds with programs that do not know their level found nothing");
+}
+
+/// The same in a pool, for programs that do not know that they are older than its database.
+#[test]
+fn an_older_version_that_would_serve_is_caught() {
+    let caught = (0..300).any(|seed| {
+        let storm = || {
+            let mut world = World::pool(seed, 3, Timing::default());
+            world.blind = true;
+            world.storm_until(STORM);
+        };
+        std::panic::catch_unwind(storm).is_err()
+    });
+    assert!(caught, "300 seeds with programs that do not know their version found nothing");
 }

@@ -24,6 +24,17 @@ pub const MILLI: u64 = 1_000_000;
 /// The feature levels of the programs that there are. Both know the rule.
 pub const OLD: u32 = 2;
 pub const NEW: u32 = 3;
+/// Their versions, in a pool. The first one is everywhere in the beginning.
+pub const VERSIONS: [&str; 2] = ["1.3.0", "1.4.0"];
+
+/// In what the programs of a cluster differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Programs {
+    /// In HA mode: in their feature levels.
+    Levels,
+    /// In a pool: in their versions, which a pool never goes back from.
+    Versions,
+}
 
 /// What happened in one seed; equal for equal seeds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -38,6 +49,9 @@ pub struct Summary {
     /// How often another program was installed on a node, and how often the feature level was raised.
     pub programs: u64,
     pub raised: u64,
+    /// How often the PRIMARY of a pool noted its version, and how often a process began that is older than that.
+    pub versions: u64,
+    pub behind: u64,
     /// How often a node lost some of its durable memory, and how often one began again.
     pub forgot: u64,
     pub again: u64,
@@ -57,6 +71,8 @@ impl Summary {
         self.joined += other.joined;
         self.programs += other.programs;
         self.raised += other.raised;
+        self.versions += other.versions;
+        self.behind += other.behind;
         self.forgot += other.forgot;
         self.again += other.again;
         self.datagrams += other.datagrams;
@@ -137,6 +153,8 @@ pub struct Node {
     pub unfit: bool,
     /// The feature level of its program.
     pub level: u32,
+    /// The version of its program, in a pool.
+    pub version: &'static str,
     pub deferred: Vec<Event>,
     /// Local clock = offset + rate * time / 1000.
     pub rate: u64,
@@ -189,16 +207,18 @@ pub struct Keep {
 }
 
 impl Node {
-    /// A host that never ran. One that joins later begins with the log of the founders, as they did.
-    pub fn new(id: u64, founders: u64, rng: &mut SmallRng) -> Self {
+    /// A host that never ran, with the first membership. One that joins later begins with the log of the founders, as they did.
+    pub fn new(id: u64, founders: Membership, rng: &mut SmallRng) -> Self {
+        let size = founders.roster.members.len();
         Self {
             id,
-            log: SimLog::new(founders),
+            log: SimLog::new(size as u64),
             cluster: None,
             life: 0,
             paused: false,
             unfit: false,
-            level: OLD,
+            level: founders.shared.level,
+            version: VERSIONS[0],
             deferred: Vec::new(),
             rate: rng.random_range(950..=1050),
             offset: rng.random_range(0..1_000_000 * MILLI),
@@ -211,10 +231,10 @@ impl Node {
             waiting: Vec::new(),
             released: 0,
             disk_busy: 0,
-            membership: (membership(founders), 1),
-            quorum: majority(founders as usize),
+            membership: (founders.clone(), 1),
+            quorum: majority(size),
             keeping: VecDeque::new(),
-            kept: (membership(founders), 1),
+            kept: (founders, 1),
             standing: Standing::Unsaid,
             linked: BTreeMap::new(),
             newest: BTreeMap::new(),
@@ -263,12 +283,17 @@ impl Node {
 }
 
 /// That of the founders: exactly so many members are a complete cluster.
-pub fn membership(founders: u64) -> Membership {
+pub fn first_membership(founders: u64, programs: Programs) -> Membership {
     let member = |id| Member::founder(id, &format!("node{id}"), &format!("127.0.0.{id}"), 8086);
     let mut membership = Membership::founded(ClusterId(7), (1..=founders).map(member).collect());
     membership.roster.size = SizePolicy { least: founders as usize, most: founders as usize };
-    membership.shared.level = OLD;
+    membership.shared.level = if programs == Programs::Levels { OLD } else { NEW };
     membership
+}
+
+/// The members of a cluster in its beginning.
+pub fn founders(size: u64, programs: Programs, rng: &mut SmallRng) -> Vec<Node> {
+    (1..=size).map(|id| Node::new(id, first_membership(size, programs), rng)).collect()
 }
 
 /// More than half of so many.

@@ -15,7 +15,10 @@ use twistlock_ha::{
 use super::{
     databases::{Nothing, compare, decode, empty, encode, known},
     disk::SimLog,
-    node::{Event, Keep, MILLI, NEW, Node, OLD, Summary, Waiting, majority, request},
+    node::{
+        Event, Keep, MILLI, NEW, Node, OLD, Programs, Summary, VERSIONS, Waiting, first_membership, founders, majority,
+        request,
+    },
 };
 
 pub struct World {
@@ -46,7 +49,10 @@ pub struct World {
     next_value: u64,
     /// The highest feature level that came into force on any node.
     in_force: u32,
-    /// The programs do not know their own level: the checks must find out.
+    /// In what the programs differ, and the highest version of a pool that came into force on any node.
+    pub(super) programs: Programs,
+    pub(super) newest: String,
+    /// The programs do not know their own level or version: the checks must find out.
     pub blind: bool,
     /// Nobody compares what a node has with what it had: the checks must find out.
     pub trusting: bool,
@@ -67,8 +73,12 @@ pub struct World {
 
 impl World {
     pub fn new(seed: u64, size: u64, timing: Timing) -> Self {
+        Self::with(seed, size, timing, Programs::Levels)
+    }
+
+    pub(super) fn with(seed: u64, size: u64, timing: Timing, programs: Programs) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
-        let nodes = (1..=size).map(|id| Node::new(id, size, &mut rng)).collect();
+        let nodes = founders(size, programs, &mut rng);
         let mut world = Self {
             size,
             timing,
@@ -90,6 +100,8 @@ impl World {
             epochs: BTreeMap::new(),
             next_value: 1,
             in_force: OLD,
+            programs,
+            newest: String::new(),
             blind: false,
             trusting: false,
             datagrams: false,
@@ -124,7 +136,7 @@ impl World {
     }
 
     pub(super) fn start(&mut self, at: usize) {
-        let time = self.time;
+        let (time, version) = (self.time, self.said_version(at));
         let node = &mut self.nodes[at];
         node.life += 1;
         node.remember(self.trusting);
@@ -141,7 +153,7 @@ impl World {
         let (membership, membership_index) = (&node.membership.0, node.membership.1);
         let (conf_index, applied) = (log.conf_index(), node.databases.applied());
         let level = if self.blind { u32::MAX } else { node.level };
-        let version = if level == OLD { "1.2.3" } else { "1.3.0" };
+        self.summary.behind += u64::from(membership.shared.is_behind_pool(version));
         let start = Start { membership, membership_index, conf_index, applied, level, version, forgotten };
         let cluster = Cluster::new(&start, node.id, self.timing, log, now);
         node.cluster = Some(cluster.expect("the log can be read"));
@@ -229,9 +241,12 @@ impl World {
         self.cut.clear();
         self.loss = 0.0;
         self.stall = 0.0;
+        // Whoever is outdated needs the newer program to serve again.
         if self.summary.raised > 0 {
-            // Whoever is outdated needs the newer program to serve again.
             (0..self.nodes.len()).for_each(|at| self.install(at, NEW));
+        }
+        if self.summary.versions > 0 {
+            (0..self.nodes.len()).for_each(|at| self.install_version(at, VERSIONS[1]));
         }
         if self.nodes.iter().any(|node| node.membership.0.voters().count() < self.size as usize) {
             // Soon there may be a sole voter: one that cannot serve has nobody to leave the role to.
@@ -286,6 +301,10 @@ impl World {
             10 => (0..self.nodes.len()).for_each(|at| self.repair(at)),
             11 => self.stall = [0.0, 0.01, 0.3][self.rng.random_range(0..3)],
             12 => self.hand_over(at),
+            13..18 if self.programs == Programs::Versions => {
+                let newer = self.rng.random_range(0..3) > 0;
+                self.install_version(at, VERSIONS[usize::from(newer)]);
+            }
             13 => {
                 // Twice as often up as down.
                 let level = [OLD, NEW, NEW][self.rng.random_range(0..3)];
@@ -308,28 +327,6 @@ impl World {
         if std::mem::take(&mut self.nodes[at].unfit) {
             self.crash(at);
         }
-    }
-
-    /// Another program is installed on a host, which takes a restart.
-    fn install(&mut self, at: usize, level: u32) {
-        if std::mem::replace(&mut self.nodes[at].level, level) != level {
-            self.note(format!("node {} gets a program of level {level}", self.nodes[at].id));
-            self.summary.programs += 1;
-            self.crash(at);
-        }
-    }
-
-    /// Whoever believes to be the primary raises the level to that of its own program, whatever the others have: worse than
-    /// what a node does, which asks them first.
-    fn raise(&mut self, at: usize) {
-        let (now, level) = (self.nodes[at].clock(self.time), self.nodes[at].level);
-        let node = &mut self.nodes[at];
-        let Some(cluster) = node.cluster.as_mut().filter(|_| !node.paused) else { return };
-        if cluster.change(now, &Change::Raise { level, version: "3".to_owned() }).is_ok() {
-            self.summary.raised += 1;
-            self.note(format!("node {} raises the level to {level}", self.nodes[at].id));
-        }
-        self.drive(at);
     }
 
     /// The administrator removes a member of a complete cluster, or lets a new host join an incomplete one. Whoever
@@ -383,6 +380,7 @@ impl World {
             }
             assert!(membership.shared.level >= self.nodes[at].membership.0.shared.level, "a feature level was lowered");
             self.in_force = self.in_force.max(membership.shared.level);
+            self.follow_version(at, &membership);
             let now = self.nodes[at].clock(self.time);
             if let Some(cluster) = &mut self.nodes[at].cluster {
                 cluster.set_paused(now, membership.roster.pause.as_ref().map_or(0, |pause| pause.until));
@@ -392,7 +390,8 @@ impl World {
             self.nodes[at].membership = (membership, index);
             self.nodes[at].follow();
             if new {
-                let newcomer = Node::new(self.nodes.len() as u64 + 1, self.size, &mut self.rng);
+                let newcomer =
+                    Node::new(self.nodes.len() as u64 + 1, first_membership(self.size, self.programs), &mut self.rng);
                 self.nodes.push(newcomer);
                 // It fetches its certificate and the database first.
                 let delay = self.rng.random_range(0..4_000 * MILLI);
@@ -477,6 +476,7 @@ impl World {
                 cluster.tick(now);
                 self.schedule(25 * MILLI, at, Event::Tick { life });
                 self.remember(at);
+                self.note_version(at);
             }
             Event::Wake { life: of } if of == life => cluster.wake(now),
             Event::Deliver(message, caller) => {
@@ -675,6 +675,7 @@ impl World {
         assert!(open.len() <= 1, "ports are open on nodes {open:?} at {} ms", self.time / MILLI);
         let halted = self.nodes.iter().find(|node| node.halted && node.ports_open(self.time));
         assert!(halted.is_none(), "a node serves without what it does not know");
+        self.check_version();
         let outdated = self.nodes.iter().find(|node| node.ports_open(self.time) && node.level < self.in_force);
         if let Some(node) = outdated {
             panic!(
