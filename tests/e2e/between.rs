@@ -149,10 +149,10 @@ impl Shared {
 }
 
 /// Leads the calls of one address to a host to this function, for as long as it returns true.
-fn listen(from: &str, host: &str, mut accept: impl FnMut(TcpStream) -> bool + Send + 'static) -> SocketAddr {
+fn listen(from: &str, host: &str, accept: impl FnMut(TcpStream) -> bool + Send + 'static) -> SocketAddr {
     let listener = TcpListener::bind((PLACE, 0)).unwrap();
     let place = listener.local_addr().unwrap();
-    thread::spawn(move || listener.incoming().map_while(Result::ok).all(|caller| accept(caller)));
+    thread::spawn(move || listener.incoming().map_while(Result::ok).all(accept));
     network::detour(DETOUR, from, host, place);
     place
 }

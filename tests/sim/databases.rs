@@ -37,9 +37,17 @@ pub fn empty(ids: &[u32]) -> Databases<Values> {
 
 /// Those of `from` that are in `ids`; whatever is missing begins.
 pub fn known(ids: &[u32], from: &Databases<Values>) -> Databases<Values> {
-    let mut databases = empty(ids);
-    databases.iter_mut().for_each(|database| *database = from.get(database.id).unwrap_or(database).clone());
-    databases
+    of(empty(ids).iter().map(|database| from.get(database.id).unwrap_or(database).clone()).collect())
+}
+
+/// All of them as they are, to put them elsewhere.
+pub fn copied(from: &Databases<Values>) -> Vec<Values> {
+    from.iter().cloned().collect()
+}
+
+/// These databases.
+pub fn of(databases: Vec<Values>) -> Databases<Values> {
+    Databases::new(databases.into_iter().map(|database| (database.id, database)))
 }
 
 /// The database that a value is written to: no order in which the two take turns.

@@ -5,16 +5,13 @@
 use raft::eraftpb::{ConfState, Message, MessageType};
 use rand::RngExt;
 use std::collections::BTreeMap;
-use twistlock_ha::{
-    cluster::{
-        Membership, Phase,
-        reach::{self, Claim, Known, Reach, Standing},
-    },
-    storage::databases::Databases,
+use twistlock_ha::cluster::{
+    Membership, Phase,
+    reach::{self, Claim, Known, Reach, Standing},
 };
 
 use super::{
-    databases::{IDS, Values, empty},
+    databases::{IDS, Values, copied, empty, of},
     disk::{Image, SimLog},
     node::{Event, MILLI, Node},
     world::World,
@@ -32,7 +29,7 @@ pub struct Caller {
 pub struct Copy {
     image: Image,
     conf: (ConfState, u64),
-    checkpoint: Databases<Values>,
+    checkpoint: Vec<Values>,
     membership: (Membership, u64),
     kept: (Reach, BTreeMap<u64, Known>),
     edition: u64,
@@ -43,7 +40,7 @@ impl Copy {
         Self {
             image: node.log.durable(Image::clone),
             conf: node.log.conf(),
-            checkpoint: node.checkpoint.clone(),
+            checkpoint: copied(&node.checkpoint),
             membership: node.kept.clone(),
             kept: node.noted.clone(),
             edition: node.edition,
@@ -52,7 +49,7 @@ impl Copy {
 
     fn put(self, node: &mut Node) {
         node.log.replace(self.image, self.conf);
-        (node.checkpoint, node.membership, node.kept) = (self.checkpoint, self.membership.clone(), self.membership);
+        (node.checkpoint, node.membership, node.kept) = (of(self.checkpoint), self.membership.clone(), self.membership);
         (node.noted, node.edition) = (self.kept, self.edition);
     }
 }
@@ -226,7 +223,7 @@ impl World {
         image.entries.truncate(applied as usize - 1);
         let written = |entry: &raft::eraftpb::Entry| !entry.data.is_empty() && entry.context.is_empty();
         let index = image.entries.iter().rfind(|entry| written(entry)).map_or(applied, |entry| entry.index);
-        let mut databases = from.databases.clone();
+        let mut databases = copied(&from.databases);
         databases.iter_mut().for_each(|database| database.applied = index);
         image.entries.truncate(index as usize - 1);
         image.hard_state.term = from.cluster.as_ref().map_or(1, |cluster| cluster.epoch());
@@ -239,7 +236,7 @@ impl World {
             kept: Default::default(),
             edition: 0,
         };
-        self.note(format!("node {id} begins again at index {}", copy.checkpoint.applied()));
+        self.note(format!("node {id} begins again at index {}", index));
         let node = &mut self.nodes[at];
         copy.put(node);
         (node.forgotten, node.copy) = (false, None);
