@@ -402,7 +402,7 @@ fn the_defender_port_has_nothing_for_those_without_a_certificate() {
     let node = Node::start();
     node.serve(1);
     let ask = |path: &str| node.call_port(node::DEFENDER, "GET", path, None, Value::Null).unwrap().0;
-    assert_eq!((ask("/"), ask("/api/v1/_ping"), ask("/defender")), (404, 404, 400));
+    assert_eq!((ask("/"), ask("/api/v1/_ping"), ask("/defender")), (404, 404, 403));
 }
 
 /// Requests that wait for each other share a transaction. Its COMMIT decides on all of them, also on one that another's
