@@ -2,6 +2,7 @@
 //! never let two take it.
 
 use std::{
+    io,
     net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
@@ -56,6 +57,13 @@ pub struct Waiting {
     refused: Throttle<IpAddr>,
 }
 
+/// True if a caller wanted something else than a meeting. Members call so where a host that waits was taken in and has not
+/// been told: they must not keep it from being told. Nothing was computed for it yet.
+fn is_for_another(error: &io::Error) -> bool {
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    inner == Some(&rustls::Error::NoApplicationProtocol)
+}
+
 impl Waiting {
     /// With this secret; none: it takes the first pool that calls.
     ///
@@ -94,7 +102,12 @@ impl Waiting {
         let acceptor = TlsAcceptor::from(Arc::clone(&self.tls));
         let mut stream = match timeout(STEP, acceptor.accept(stream)).await {
             Ok(Ok(stream)) => stream,
-            Ok(Err(error)) => return Err(MeetingError::Unreachable(format!("no TLS connection: {error}"))),
+            Ok(Err(error)) => {
+                if is_for_another(&error) {
+                    self.refused.forgive(&from);
+                }
+                return Err(MeetingError::Unreachable(format!("no TLS connection: {error}")));
+            }
             Err(_) => return Err(MeetingError::Unreachable("the TLS handshake took too long".to_owned())),
         };
         let talked = self.talk(&mut stream, keep).await;

@@ -145,6 +145,20 @@ async fn who_does_not_know_the_secret_is_refused_and_told_why() {
 }
 
 #[tokio::test]
+async fn members_that_call_for_something_else_do_not_keep_the_pool_away() {
+    let site = Site::new(None, None);
+    let mut link = rustls::ClientConfig::clone(&site.caller.tls);
+    link.alpn_protocols = vec![b"something else".to_vec()];
+    let link = TlsConnector::from(Arc::new(link));
+    for _ in 0..30 {
+        let (here, there) = duplex(1 << 16);
+        let (linked, left) = tokio::join!(link.connect(pki::waiting_name(), here), site.receive(there));
+        assert!(linked.is_err() && matches!(left, Err(MeetingError::Unreachable(_))), "{left:?}");
+    }
+    assert_eq!(site.look(None).await.0, Ok((site.fingerprint(), false)));
+}
+
+#[tokio::test]
 async fn another_host_at_the_address_is_told_nothing() {
     let site = Site::new(None, None);
     let expected = ["AB"; 32].join(":");

@@ -112,10 +112,11 @@ enum Guest {
         call: Call,
         met: Met,
     },
-    /// It is a member and knows it.
+    /// It is a member, and knows it; or it could not be met, and was never heard of: then why.
     Member {
         call: Call,
         node: NodeId,
+        missed: Option<String>,
     },
 }
 
@@ -187,12 +188,20 @@ impl Operations {
         let (mut guests, mut objections) = (Vec::new(), Vec::new());
         for (call, answer) in call_all(&caller, calls).await {
             match guest(membership, call, answer, unix_time()) {
+                // Whoever was heard of as a member knows that it is one.
+                Ok(Guest::Member { call, node, missed: Some(_) }) if self.has_heard_of(node) => {
+                    guests.push(Guest::Member { call, node, missed: None });
+                }
                 Ok(guest) => guests.push(guest),
                 Err(why) => objections.push(why),
             }
         }
         objections.extend(objections_to_all(membership, &guests));
         if objections.is_empty() { Ok(guests) } else { Err(AdminError::Refused(objections.join("; "))) }
+    }
+
+    fn has_heard_of(&self, node: NodeId) -> bool {
+        self.status().members.iter().any(|member| member.id == node && member.last_contact_ms.is_some())
     }
 
     /// Who calls for this pool.
@@ -231,9 +240,9 @@ impl Operations {
     /// Tells a host that it is a member. From here on the answer is never no: it is one.
     async fn tell(&self, membership: &Membership, guest: Guest, by: &str) -> Result<AddedMember, AdminError> {
         let (call, mut met, before) = match guest {
-            Guest::Member { call, node } => {
+            Guest::Member { call, node, missed } => {
                 let name = membership.name(node);
-                return Ok(AddedMember { address: call.named, name, node, before: true, problem: None });
+                return Ok(AddedMember { address: call.named, name, node, before: true, problem: missed });
             }
             Guest::New { call, met, .. } => (call, met, false),
             Guest::Again { call, met, .. } => (call, met, true),
@@ -376,8 +385,11 @@ fn guest(
         membership.roster.members.iter().find(|member| (&member.address, member.port) == (&call.host, call.port));
     let Answered { met, clock_ms } = match (answer, there) {
         (Ok(answered), _) => answered,
-        (Err(MeetingError::NotWaiting | MeetingError::Unreachable(_)), Some(member)) => {
-            return Ok(Guest::Member { node: member.id, call });
+        (Err(MeetingError::NotWaiting), Some(member)) => {
+            return Ok(Guest::Member { node: member.id, call, missed: None });
+        }
+        (Err(error @ MeetingError::Unreachable(_)), Some(member)) => {
+            return Ok(Guest::Member { node: member.id, call, missed: Some(error.to_string()) });
         }
         (Err(error), _) => return Err(format!("{}: {error}", call.named)),
     };
@@ -432,10 +444,10 @@ fn objections_to_all(membership: &Membership, guests: &[Guest]) -> Vec<String> {
             format!("{name} is still being brought up to date: wait until it is SECONDARY, or add it again if it waits")
         }));
     }
-    let known = |guest: &Guest| matches!(guest, Guest::Member { .. });
+    let known = |guest: &Guest| matches!(guest, Guest::Member { missed: None, .. });
     if guests.iter().all(known) {
         let names = guests.iter().filter_map(|guest| match guest {
-            Guest::Member { call, node } => {
+            Guest::Member { call, node, .. } => {
                 Some(format!("{} is the member {} already", call.named, membership.name(*node)))
             }
             _ => None,
