@@ -57,8 +57,8 @@ pub struct Waiting {
     refused: Throttle<IpAddr>,
 }
 
-/// True if a caller wanted something else than a meeting. Members call so where a host that waits was taken in and has not
-/// been told: they must not keep it from being told. Nothing was computed for it yet.
+/// True if a caller wanted something else than a meeting. Members call so where a host that waits was taken in and has
+/// not been told: they must not keep it from being told. Nothing was computed for it yet.
 fn is_for_another(error: &io::Error) -> bool {
     let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
     inner == Some(&rustls::Error::NoApplicationProtocol)
