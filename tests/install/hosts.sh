@@ -1,6 +1,6 @@
-# What the tests of installations share: hosts made of namespaces, and what a step says and expects. It is sourced, and needs
-# `root`, `bin`, `kind`, `keep` and `verbose`. Must never touch this host's network, users or files.
-# shellcheck shell=bash disable=SC2154,SC2034 # whoever sources this has the variables
+# What the tests of installations share: their options, hosts made of namespaces, and what a step says and expects. It is
+# sourced, and needs `usage` and `NETWORK`. Must never touch this host's network, users or files.
+# shellcheck shell=bash disable=SC2154,SC2034 # whoever sources this has and uses the variables
 
 PATH=$PATH:/usr/sbin:/sbin
 readonly MISSING=77
@@ -10,6 +10,30 @@ work='' cgroups='' holders=() step_name='' output='' began=0
 # Their names; the first has the first address of the network.
 hosts=() network=''
 declare -A pids
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+bin=${TWISTLOCK_BIN_DIR:-$root/target/debug}
+keep=false verbose=false kind=plain
+
+# options ARGUMENT...: those of the test.
+options() {
+    local argument
+    for argument in "$@"; do
+        case "$argument" in
+            --systemd) kind=systemd ;;
+            --keep) keep=true ;;
+            --verbose) verbose=true ;;
+            -h | --help)
+                usage
+                exit 0
+                ;;
+            *)
+                echo "tests/install/${0##*/}: found \"$argument\", allowed: --systemd, --keep, --verbose, --help" >&2
+                exit 64
+                ;;
+        esac
+    done
+}
 
 skip() {
     echo "SKIPPED: $*"

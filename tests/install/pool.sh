@@ -21,32 +21,14 @@ haproxy and overlayfs; says so and exits with 77 where they are missing.
 TEXT
 }
 
-keep=false verbose=false kind=plain
-for argument in "$@"; do
-    case "$argument" in
-        --systemd) kind=systemd ;;
-        --keep) keep=true ;;
-        --verbose) verbose=true ;;
-        -h | --help)
-            usage
-            exit 0
-            ;;
-        *)
-            echo "tests/install/pool.sh: found \"$argument\", allowed: --systemd, --keep, --verbose, --help" >&2
-            exit 64
-            ;;
-    esac
-done
-
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-bin=${TWISTLOCK_BIN_DIR:-$root/target/debug}
+# shellcheck source=tests/install/hosts.sh
+. "$(dirname "${BASH_SOURCE[0]}")/hosts.sh"
+options "$@"
 # The network of the page, which is nobody's.
 readonly NETWORK=192.0.2 PAGE=$root/docs/pool.md
 readonly MEMBERS=(host1 host2 host3 host4 host5)
 # Clients that write through the load balancer, and the pause of each between two writes, in seconds.
 readonly WRITERS=3 PACE=0.05
-# shellcheck source=tests/install/hosts.sh
-. "$root/tests/install/hosts.sh"
 need openssl jq haproxy pgrep
 
 # ---- The page --------------------------------------------------------------------------------------------------------------

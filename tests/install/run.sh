@@ -19,29 +19,11 @@ uninstall. Needs root, ip, unshare, nsenter, curl and overlayfs; says so and exi
 TEXT
 }
 
-keep=false verbose=false kind=plain
-for argument in "$@"; do
-    case "$argument" in
-        --systemd) kind=systemd ;;
-        --keep) keep=true ;;
-        --verbose) verbose=true ;;
-        -h | --help)
-            usage
-            exit 0
-            ;;
-        *)
-            echo "tests/install/run.sh: found \"$argument\", allowed: --systemd, --keep, --verbose, --help" >&2
-            exit 64
-            ;;
-    esac
-done
-
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-bin=${TWISTLOCK_BIN_DIR:-$root/target/debug}
+# shellcheck source=tests/install/hosts.sh
+. "$(dirname "${BASH_SOURCE[0]}")/hosts.sh"
+options "$@"
 # The switch that joins the hosts, and where the test itself stands.
 readonly NETWORK=10.231.77
-# shellcheck source=tests/install/hosts.sh
-. "$root/tests/install/hosts.sh"
 need setpriv
 
 install_on() {
